@@ -1,0 +1,284 @@
+"""What COAT does to a model and to a training run: settings that are checked when they are made.
+
+:class:`CoatConfig` says what happens to the model, :class:`CoatOptimizerConfig` what happens to the optimizer's
+states, and :class:`HfCoatConfig` is the recipe of a training run, made of the two. :data:`PRESETS` names recipes.
+"""
+
+import copy
+import enum
+import functools
+import json
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from coat_kernels.adamw import MAX_GROUP_SIZE
+from coat_kernels.formats import Fp8Format, Granularity
+from packaging.version import Version
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import __version__
+
+CONFIG_NAME = "coat_config.json"
+LINEAR_GRANULARITIES = (Granularity.TENSOR, Granularity.TOKEN)
+
+
+def _settings(cls: type) -> type:
+    """Make a dataclass answer an unknown key with the valid ones, and show in its repr only what is not default."""
+    init, names = cls.__init__, [f.name for f in fields(cls) if f.init]
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        unknown = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if key not in names)
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no {unknown}; its keys are {', '.join(names)}")
+        init(self, *args, **kwargs)
+
+    def __repr__(self):
+        mine, default = _plain(self), _plain(cls())
+        changed = (name for name in names if mine[name] != default[name])
+        return f"{cls.__name__}({', '.join(f'{name}={_shown(getattr(self, name))}' for name in changed)})"
+
+    cls.__init__, cls.__repr__ = __init__, __repr__
+    return cls
+
+
+def _plain(value: Any) -> Any:
+    """A setting, or all settings of an object, as JSON can hold them."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return value.value if isinstance(value, enum.Enum) else copy.copy(value)
+
+
+def _shown(value: Any) -> str:
+    return repr(value.value if isinstance(value, enum.Enum) else value)
+
+
+def _read(cls: type, settings: dict[str, Any]) -> Any:
+    """``cls(**settings)``; if it fails on what a newer hf_coat wrote, the error says that."""
+    if not isinstance(settings, dict):
+        raise TypeError(f"{cls.__name__} is read from a dict, got {settings!r}")
+    settings = dict(settings)
+    version = settings.pop("hf_coat_version", __version__)
+    try:
+        return cls(**settings)
+    except (TypeError, ValueError) as error:
+        if Version(version) <= Version(__version__):
+            raise
+        raise ValueError(
+            f"this configuration was written by hf_coat {version}, newer than the installed hf_coat {__version__}, "
+            f"which cannot read it: {error}. Upgrade: pip install --upgrade 'hf-coat>={version}'"
+        ) from error
+
+
+def _set_choice(config: Any, key: str, kind: type[enum.Enum], choices: tuple[enum.Enum, ...]) -> None:
+    """Turn the value of ``key`` into the member of ``kind`` that it names, which must be one of ``choices``."""
+    value, names = _plain(getattr(config, key)), [choice.value for choice in choices]
+    if value not in names:
+        valid = ", ".join(map(repr, names))
+        raise ValueError(f"{type(config).__name__}.{key} is {value!r}; it must be one of {valid}")
+    object.__setattr__(config, key, kind(value))
+
+
+def _check_boolean(config: Any, key: str) -> None:
+    value = getattr(config, key)
+    if not isinstance(value, bool):
+        raise TypeError(f"{type(config).__name__}.{key} is {value!r}; it must be True or False")
+
+
+@_settings
+@dataclass(repr=False)
+class CoatConfig(QuantizationConfigMixin):
+    """What happens to the model; also the ``quantization_config`` of ``from_pretrained``.
+
+    Args:
+        granularity: What has an FP8 scale of its own: each ``"token"`` (row) of a linear's operand, or the whole
+            ``"tensor"`` as in the paper.
+        power_of_two: Whether scales are powers of two. Scales per token must be: then codes move from one scale to
+            another without a second rounding, which the weight gradient needs.
+        grad_format: FP8 format of output gradients, ``"e4m3"`` or ``"e5m2"``. Activations and weights are E4M3.
+        modules_to_not_convert: Linears to leave alone: parts of their dotted names, or patterns with ``*``.
+
+    Raises:
+        TypeError: For an unknown key or a value of the wrong type.
+        ValueError: For a value that is not one of the choices, or settings that contradict each other.
+    """
+
+    quant_method: str = field(default="coat", init=False)
+    granularity: Granularity = Granularity.TOKEN
+    power_of_two: bool = True
+    grad_format: Fp8Format = Fp8Format.E4M3
+    modules_to_not_convert: list[str] | None = None
+
+    def __post_init__(self):
+        _set_choice(self, "granularity", Granularity, LINEAR_GRANULARITIES)
+        _check_boolean(self, "power_of_two")
+        _set_choice(self, "grad_format", Fp8Format, tuple(Fp8Format))
+        if self.granularity is Granularity.TOKEN and not self.power_of_two:
+            raise ValueError(
+                "CoatConfig.power_of_two is False and CoatConfig.granularity is 'token', whose scales must be powers "
+                "of two: set power_of_two=True or granularity='tensor'"
+            )
+        names = self.modules_to_not_convert
+        if names is not None:
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"CoatConfig.modules_to_not_convert is {names!r}; it must be None or a list of str")
+            self.modules_to_not_convert = list(names)
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Set those of the keys that are ours and return the others, as transformers does; the result is checked."""
+        unused = super().update(**kwargs)
+        self.__post_init__()
+        return unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as ``config.json`` holds them."""
+        return {"hf_coat_version": __version__, **_plain(self)}
+
+    def __iter__(self):
+        return iter(self.to_dict().items())  # for dict(config)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """Read what :meth:`to_dict` wrote; the other arguments are those of ``QuantizationConfigMixin.from_dict``."""
+        settings = dict(config_dict)
+        method = settings.pop("quant_method", cls.quant_method)
+        if method != cls.quant_method:
+            raise ValueError(f"CoatConfig.quant_method is {method!r}; it must be {cls.quant_method!r}")
+        config = _read(cls, settings)
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+
+@_settings
+@dataclass(frozen=True, repr=False)
+class CoatOptimizerConfig:
+    """What happens to the optimizer's states: AdamW with moments in E4M3 (paper section 3).
+
+    Args:
+        group_size: Consecutive values along the last dimension that share a scale and an expansion, 1 to 1024.
+        expand: Whether a group is expanded to the range of E4M3 before it is rounded; False is plain E4M3.
+
+    Raises:
+        TypeError: For an unknown key or a value of the wrong type.
+        ValueError: For a group size out of its range.
+    """
+
+    group_size: int = 128
+    expand: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool):
+            raise TypeError(f"CoatOptimizerConfig.group_size is {self.group_size!r}; it must be an integer")
+        if not 1 <= self.group_size <= MAX_GROUP_SIZE:
+            raise ValueError(f"CoatOptimizerConfig.group_size is {self.group_size}; it must be 1 to {MAX_GROUP_SIZE}")
+        _check_boolean(self, "expand")
+
+
+@_settings
+@dataclass(frozen=True, repr=False)
+class HfCoatConfig:
+    """The recipe of a training run: what ``TrainingArguments(coat=...)`` takes and ``coat_config.json`` holds.
+
+    Args:
+        model: What happens to the model; None leaves it as it is.
+        optimizer: What happens to the optimizer; None leaves it to ``TrainingArguments(optim=...)``.
+
+    Raises:
+        TypeError: For an unknown key or a value of the wrong type.
+        ValueError: When both halves are None.
+    """
+
+    model: CoatConfig | None = field(default_factory=CoatConfig)
+    optimizer: CoatOptimizerConfig | None = field(default_factory=CoatOptimizerConfig)
+
+    def __post_init__(self):
+        if isinstance(self.model, dict):
+            object.__setattr__(self, "model", CoatConfig.from_dict(self.model))
+        if isinstance(self.optimizer, dict):
+            object.__setattr__(self, "optimizer", _read(CoatOptimizerConfig, self.optimizer))
+        for key, kind in (("model", CoatConfig), ("optimizer", CoatOptimizerConfig)):
+            value = getattr(self, key)
+            if not isinstance(value, (kind, type(None))):
+                raise TypeError(f"HfCoatConfig.{key} is {value!r}; it must be a {kind.__name__}, a dict or None")
+        if self.model is None and self.optimizer is None:
+            raise ValueError("HfCoatConfig.model and HfCoatConfig.optimizer are both None: nothing is left to do")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as ``coat_config.json`` holds them."""
+        return {"hf_coat_version": __version__, **_plain(self)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "HfCoatConfig":
+        """Read what :meth:`to_dict` wrote. A half that is missing is the default one; one that is null is None."""
+        return _read(cls, settings)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write ``coat_config.json`` into a folder, which is made if need be."""
+        os.makedirs(save_directory, exist_ok=True)
+        Path(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike) -> "HfCoatConfig":
+        """Read a preset, a folder with ``coat_config.json``, or such a file; see :meth:`resolve`."""
+        return cls.resolve(os.fspath(name_or_path))
+
+    @classmethod
+    def resolve(cls, value: "HfCoatConfig | CoatConfig | CoatOptimizerConfig | dict | str") -> "HfCoatConfig":
+        """The recipe that ``value`` stands for.
+
+        A recipe stands for itself, one half of it for a recipe with only that half, a dict for :meth:`from_dict`. A
+        string is, in this order: the name of a preset; the recipe itself as JSON, if it starts with ``{``; the path of
+        a local JSON file, or of a folder that holds ``coat_config.json``. So a preset wins over a file of the same
+        name, which ``./lean`` would name.
+
+        Raises:
+            TypeError: For a value of another type.
+            ValueError: For a string that is none of these; the error lists the presets and what was looked for.
+        """
+        if isinstance(value, HfCoatConfig):
+            return value
+        if isinstance(value, CoatConfig):
+            return cls(model=value, optimizer=None)
+        if isinstance(value, CoatOptimizerConfig):
+            return cls(model=None, optimizer=value)
+        if isinstance(value, dict):
+            return cls.from_dict(value)
+        presets = ", ".join(map(repr, PRESETS))
+        if not isinstance(value, str):
+            raise TypeError(
+                f"coat is {value!r}; it must be an HfCoatConfig, a CoatConfig, a CoatOptimizerConfig, a dict, or a "
+                f"str: a preset ({presets}), JSON, or a path"
+            )
+        if value in PRESETS:
+            return copy.deepcopy(PRESETS[value])
+        if value.startswith("{"):
+            return cls._from_json(value, source="coat")
+        path = Path(value).expanduser()
+        file = path / CONFIG_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(
+                f"coat is {value!r}, which is no preset ({presets}) and no JSON (it would start with '{{'), and there "
+                f"is no file {str(file)!r}"
+            )
+        return cls._from_json(file.read_text(encoding="utf-8"), source=str(file))
+
+    @classmethod
+    def _from_json(cls, text: str, source: str) -> "HfCoatConfig":
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not valid JSON: {error}") from error
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This was read from {source}.")
+            raise
+
+
+PRESETS = {
+    "lean": HfCoatConfig(),
+    "paper": HfCoatConfig(
+        model=CoatConfig(granularity=Granularity.TENSOR, power_of_two=False, grad_format=Fp8Format.E5M2),
+        optimizer=CoatOptimizerConfig(group_size=128, expand=True),
+    ),
+}

@@ -1,0 +1,71 @@
+"""What COAT cannot be combined with is refused here, before the first step.
+
+Devices and dtypes are refused by :func:`hf_coat.convert.check_devices`, which every conversion calls.
+"""
+
+from torch import nn
+
+from ..config import CoatConfig
+from ..modules import CoatLinear
+
+
+def check_model(model: nn.Module, config: CoatConfig) -> None:
+    """Refuse a model that something else has quantized, or that was loaded with another ``CoatConfig``.
+
+    Raises:
+        ValueError: With what was found and the remedy.
+    """
+    method = getattr(model, "quantization_method", None)
+    method = getattr(method, "value", method)
+    if getattr(model, "is_quantized", False) and method != CoatConfig.quant_method:
+        _refuse_quantized(f"the model is already quantized by {method!r}")
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            if not isinstance(module, CoatLinear) and (not p.is_floating_point() or p.element_size() < 2):
+                _refuse_quantized(f"the model is already quantized: {path}.{name} is {p.dtype}")
+    loaded_with = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(loaded_with, CoatConfig) and loaded_with != config:
+        raise ValueError(
+            f"the model was loaded with {loaded_with}, and now {config} is asked for. Ask for the same, load the "
+            "model without quantization_config, or leave it as it is with coat=HfCoatConfig(model=None)"
+        )
+
+
+def _refuse_quantized(found: str) -> None:
+    raise ValueError(
+        f"{found}. COAT cannot be combined with that: load the model unquantized, in BF16 or FP32, or use COAT's "
+        "optimizer only, with coat=HfCoatConfig(model=None)"
+    )
+
+
+def check_run(*, mixed_precision: str = "no", deepspeed: bool = False, fsdp_version: int | None = None) -> None:
+    """Refuse ways to run a training that COAT does not work with.
+
+    Args:
+        mixed_precision: As ``accelerate`` names it.
+        deepspeed: Whether DeepSpeed runs the training.
+        fsdp_version: 1 or 2 where FSDP runs it, else None.
+
+    Raises:
+        ValueError: With the setting and the remedy.
+    """
+    if mixed_precision == "fp16":
+        raise ValueError(
+            "COAT does not train in FP16 (fp16=True, fp16_full_eval=True or mixed_precision='fp16'): set bf16=True, "
+            "or neither for FP32"
+        )
+    if mixed_precision == "fp8":
+        raise ValueError(
+            "mixed_precision='fp8' lets another library convert the linears that COAT converts: set it to 'bf16' or "
+            "'no', in the accelerate configuration or in the environment variable ACCELERATE_MIXED_PRECISION"
+        )
+    if deepspeed:
+        raise ValueError(
+            "COAT does not work under DeepSpeed, which cuts parameters into flat pieces across the rows that share "
+            "their scales: drop deepspeed=, or the DeepSpeed part of the accelerate configuration"
+        )
+    if fsdp_version == 1:
+        raise ValueError(
+            "COAT does not work under FSDP1, whose flat parameters lose the rows that share their scales: use FSDP2, "
+            "with fsdp_config={'version': 2} or fsdp_version: 2 in the accelerate configuration"
+        )

@@ -1,0 +1,328 @@
+"""``TrainingArguments(coat=...)`` for the stock Trainer: an entry in two of its registries, and a callback.
+
+Trainer looks its optimizer up in ``_OPTIMIZER_HANDLERS`` by ``args.optim``, and makes one of each class that stands in
+``DEFAULT_CALLBACKS``. Our entries do nothing unless ``args.coat`` is set. The model is converted in ``on_init_end``,
+the last event before the optimizer is made and before ``accelerate`` wraps the model. Without private names:
+
+    Trainer(model, args, callbacks=[CoatCallback("lean")], optimizer_cls_and_kwargs=(CoatAdamW, {"lr": 1e-5}))
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.optim import Optimizer
+from transformers import trainer as hf_trainer
+from transformers import trainer_optimizer
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
+
+from ..config import CONFIG_NAME, HfCoatConfig
+from ..convert import ConversionReport, apply_coat
+from ..optim import CoatAdamW
+from ..report import format_bytes
+from .checks import check_model, check_run
+
+# A child of transformers' own logger, which Trainer's log_level and logging.set_verbosity govern.
+logger = logging.get_logger("transformers.coat")
+
+COAT_ADAMW = "coat_adamw"
+# What a resumed training needs beside the weights, in the order in which Trainer writes it.
+RESUME_FILES = (hf_trainer.OPTIMIZER_NAME, hf_trainer.SCHEDULER_NAME, hf_trainer.TRAINER_STATE_NAME)
+
+
+@dataclass
+class CoatArgumentsMixin:
+    """The field ``coat`` for dataclasses derived from :class:`transformers.TrainingArguments`; see :func:`with_coat`.
+
+    Args:
+        coat: The recipe, or what :meth:`hf_coat.HfCoatConfig.resolve` makes one of: one half of it, a dict, a preset's
+            name, JSON, a path. None trains without COAT.
+    """
+
+    coat: dict | str | None = field(
+        default=None,
+        metadata={"help": "Train with COAT: a preset ('lean', 'paper'), the path of a coat_config.json, or JSON."},
+    )
+
+    def __post_init__(self):
+        default_optim = next(f.default for f in fields(self) if f.name == "optim")
+        if self.coat is not None:
+            self.coat = HfCoatConfig.resolve(self.coat)
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            fp16 = self.fp16 or self.fp16_full_eval
+            check_run(mixed_precision="fp16" if fp16 else launched, deepspeed=bool(self.deepspeed))
+        if self._brings_optimizer():
+            self._warn_about_optim(default_optim)
+            self.optim = default_optim  # transformers knows no other names than its own
+        elif self.optim == COAT_ADAMW:
+            raise ValueError(
+                f"optim={COAT_ADAMW!r} is what coat= sets, and coat is {self.coat!r} here. To drop COAT's optimizer "
+                f"in a copy of other arguments name another: optim={str(default_optim)!r}"
+            )
+        super().__post_init__()
+        if self.coat is not None:
+            check_run(fsdp_version=(self.fsdp_plugin_args or {}).get("fsdp_version"))
+        if self._brings_optimizer():
+            self.optim = COAT_ADAMW
+
+    def set_optimizer(self, *args, **kwargs):
+        """As in transformers, but for the optimizer's name: ``coat`` overrules it, as in the constructor."""
+        super().set_optimizer(*args, **kwargs)
+        if self._brings_optimizer():
+            self._warn_about_optim("adamw_torch")
+            self.optim = COAT_ADAMW
+        return self
+
+    def _brings_optimizer(self) -> bool:
+        return self.coat is not None and self.coat.optimizer is not None
+
+    def _warn_about_optim(self, default: str) -> None:
+        if self.optim not in (default, COAT_ADAMW):
+            logger.warning(
+                f"optim={getattr(self.optim, 'value', self.optim)!r} is not used: coat= brings its own AdamW. To keep "
+                "your optimizer leave that half out: coat=HfCoatConfig(optimizer=None)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with ``coat`` as a plain dict."""
+        settings = super().to_dict()
+        if self.coat is not None:
+            settings["coat"] = self.coat.to_dict()
+        return settings
+
+    def __reduce_ex__(self, protocol):
+        # pickle finds classes by name, which those of with_coat lack: they are named by what they were made from.
+        base = vars(type(self)).get("_made_from")
+        return super().__reduce_ex__(protocol) if base is None else (_unpickle, (base,), vars(self))
+
+
+@dataclass(repr=False)
+class TrainingArguments(CoatArgumentsMixin, transformers.TrainingArguments):
+    """:class:`transformers.TrainingArguments` with ``coat=``."""
+
+
+@functools.cache
+def with_coat(cls: type) -> type:
+    """The arguments class of any trainer, with ``coat=``.
+
+    Args:
+        cls: A dataclass derived from :class:`transformers.TrainingArguments`, such as ``trl.DPOConfig``.
+
+    Returns:
+        A subclass of ``cls``; always the same one for the same ``cls``.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, transformers.TrainingArguments)):
+        raise TypeError(f"with_coat takes a subclass of transformers.TrainingArguments, got {cls!r}")
+    if issubclass(cls, CoatArgumentsMixin):
+        return cls
+    if cls is transformers.TrainingArguments:
+        return TrainingArguments
+    namespace = {"__doc__": cls.__doc__, "__module__": __name__, "_made_from": cls}
+    return dataclass(repr=False)(type(cls.__name__, (CoatArgumentsMixin, cls), namespace))
+
+
+def _unpickle(base: type) -> CoatArgumentsMixin:
+    cls = with_coat(base)
+    return cls.__new__(cls)
+
+
+def _convert(model: nn.Module, coat: HfCoatConfig) -> ConversionReport | None:
+    """Carry out the model half of ``coat``, if it has one. Doing it again changes nothing."""
+    if coat.model is None:
+        return None
+    check_model(model, coat.model)
+    return apply_coat(model, coat.model)
+
+
+def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[CoatAdamW], dict[str, Any]]:
+    """What ``optim="coat_adamw"`` is. It converts as well: no event tells of a model that ``model_init`` made."""
+    coat = HfCoatConfig.resolve(context.args.coat)
+    if context.optim_args:
+        raise ValueError(
+            f"optim_args={context.args.optim_args!r} is not read by COAT's optimizer, whose settings are in coat=: "
+            "coat={'optimizer': {'group_size': 128}}"
+        )
+    if context.model is not None:
+        _convert(context.model, coat)
+    settings = {"group_size": coat.optimizer.group_size, "expand": coat.optimizer.expand}
+    return CoatAdamW, context.optimizer_kwargs | context.adam_kwargs | settings
+
+
+class CoatCallback(TrainerCallback):
+    """What COAT does in a Trainer's run: convert the model, report, put ``coat_config.json`` into the checkpoints.
+
+    Every Trainer has one that follows ``args.coat``. Give one explicitly only with arguments that have no ``coat``,
+    and then name the optimizer too: ``optimizer_cls_and_kwargs=(CoatAdamW, {"lr": 1e-5})``.
+
+    Args:
+        coat: What :meth:`hf_coat.HfCoatConfig.resolve` takes.
+
+    Attributes:
+        coat: The recipe; None in a run without COAT.
+        report: What happened to the model; None before, and where the recipe has no model half.
+        record: The run as plain values: ``coat``, ``conversion``; the rates that Trainer logs, by their names there;
+            at the end the bytes of ``weights``, ``optimizer_states``, and ``adamw_states``: what AdamW's would be.
+    """
+
+    def __init__(self, coat: HfCoatConfig | dict | str):
+        self.coat: HfCoatConfig | None = HfCoatConfig.resolve(coat)
+        self.report: ConversionReport | None = None
+        self.record: dict[str, Any] = {}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if getattr(args, "coat", None) is not None:
+            raise ValueError("coat is given twice, to CoatCallback and to the training arguments: leave one out")
+        self._prepare(args, model)
+
+    def _prepare(self, args, model: nn.Module) -> None:
+        accelerator = AcceleratorState()
+        fsdp = getattr(accelerator, "fsdp_plugin", None)
+        check_run(
+            mixed_precision=accelerator.mixed_precision,
+            deepspeed=accelerator.deepspeed_plugin is not None,
+            fsdp_version=None if fsdp is None else fsdp.fsdp_version,
+        )
+        self._convert(model)
+        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        missing = [] if last is None else [name for name in RESUME_FILES if name not in os.listdir(last)]
+        if RESUME_FILES[-1] in missing:  # the last that is written; save_only_model leaves out others
+            logger.warning(
+                f"the checkpoint {last} was not written to its end, it lacks {', '.join(missing)}: training cannot be "
+                "resumed from it. Delete it, or name an older one in resume_from_checkpoint"
+            )
+
+    def _convert(self, model: nn.Module) -> None:
+        self.report = _convert(model, self.coat)
+        self.record = {"coat": self.coat.to_dict(), "conversion": self.report and self.report.to_dict()}
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step > 0:
+            _refuse_codes(_bare(optimizer))  # without COAT too
+        if self.coat is None:
+            return
+        self._convert(model)  # model_init may have made another one since
+        if self.report is not None and state.is_world_process_zero:
+            (logger.warning if self.report.unmatched else logger.info)(f"COAT: {self.report.summary()}")
+        self._check_optimizer(_bare(optimizer), state.global_step)
+        if state.global_step > 0:
+            self._compare_with_checkpoint(args, state)
+
+    def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
+        if self.coat.optimizer is None:
+            return
+        if not isinstance(optimizer, CoatAdamW):
+            logger.warning(
+                f"the Trainer was given or made {type(optimizer).__name__}, so COAT's optimizer half is not in use. "
+                "If that is meant, say so: coat=HfCoatConfig(optimizer=None)"
+            )
+        elif resumed_at > 0 and not optimizer.state:
+            raise ValueError(
+                f"training was to be resumed at step {resumed_at}, but no optimizer states were loaded: the "
+                f"checkpoint lacks {' or '.join(RESUME_FILES[:2])}, because it was not written to its end, or with "
+                "save_only_model=True. Resume from another one, or start a new run from its weights"
+            )
+
+    def _compare_with_checkpoint(self, args, state) -> None:
+        """Say in what the recipe differs from the one that the checkpoint was made with.
+
+        Trainer does not tell an event where it resumes from; it is where the arguments say, or in the output folder.
+        """
+        for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
+            file = os.path.join(str(folder), CONFIG_NAME)
+            if os.path.isfile(file):
+                with open(file, encoding="utf-8") as stream:
+                    then, now = _flat(json.load(stream)), _flat(self.coat.to_dict())
+                keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+                if keys:
+                    changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
+                    logger.warning(f"coat differs from what {file} was saved with: {changes}")
+                return
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        if self.coat is None:
+            return
+        self.record |= {key: value for key, value in logs.items() if key.endswith("_per_second")}
+        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatAdamW) else 0
+        if skipped and "loss" in logs:  # the callbacks that show the logs come after this one
+            logs["coat/skipped_groups"] = state.log_history[-1]["coat/skipped_groups"] = skipped
+
+    def on_save(self, args, state, control, **kwargs):
+        self._write_config(args, args.output_dir, _checkpoint_folder(args, state))
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        self._write_config(args, args.output_dir)
+
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.coat is None:
+            return
+        self._write_config(args, args.output_dir)
+        optimizer = _bare(optimizer)
+        states = [value for values in optimizer.state.values() for value in values.values()]
+        self.record |= {
+            "weights": sum(p.nbytes for p in model.parameters()),
+            "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
+            "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
+        }
+        if isinstance(optimizer, CoatAdamW) and state.is_world_process_zero:
+            coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
+            logger.info(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
+
+    def _write_config(self, args, *folders: str) -> None:
+        if self.coat is not None and args.should_save:
+            for folder in filter(os.path.isdir, folders):  # a hyperparameter search has its checkpoints elsewhere
+                self.coat.save_pretrained(folder)
+
+
+class _FollowsArguments(CoatCallback):
+    """The callback that every Trainer has: its recipe is ``args.coat``, and without one it does nothing."""
+
+    def __init__(self):
+        self.coat, self.report, self.record = None, None, {}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if getattr(args, "coat", None) is not None:
+            self.coat = HfCoatConfig.resolve(args.coat)
+            self._prepare(args, model)
+
+
+def _bare(optimizer) -> Optimizer:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _refuse_codes(optimizer: Optimizer) -> None:
+    """Other optimizers load the states of ours without a word, and take the FP8 codes for values."""
+    states = getattr(optimizer, "state", {}).values()
+    if not isinstance(optimizer, CoatAdamW) and any(isinstance(s, dict) and "exp_avg_scale" in s for s in states):
+        raise ValueError(
+            f"{type(optimizer).__name__} was given the states of CoatAdamW, which it cannot read: resume with the "
+            "coat= of the checkpoint (its coat_config.json), or start a new run from its weights"
+        )
+
+
+def _checkpoint_folder(args, state) -> str:
+    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+trainer_optimizer._OPTIMIZER_HANDLERS[COAT_ADAMW] = _make_coat_adamw
+if not any(callback.__name__ == _FollowsArguments.__name__ for callback in hf_trainer.DEFAULT_CALLBACKS):
+    hf_trainer.DEFAULT_CALLBACKS.append(_FollowsArguments)

@@ -1,0 +1,220 @@
+"""Where the bytes of a training step are: weights, gradients, optimizer states, activations saved for the backward.
+
+:func:`predict` runs the model's own forward on fake tensors, which have shapes and dtypes but no memory: it needs
+neither room for the step nor a copy of the weights. :func:`measure` counts the same classes on the live model and
+optimizer. Both watch the forward through ``torch.autograd.graph.saved_tensors_hooks`` and count, once each, the
+storages that autograd still holds when the loss is there. So what a gradient checkpoint drops is not counted, and what
+two layers share counts once.
+"""
+
+import copy
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from coat_kernels.adamw import group_shape
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .convert import remove_coat
+
+STEP_BYTES = 4
+GROUP_BYTES = 4 + 1  # the float32 scale and the 8-bit expansion that CoatAdamW keeps for a group of codes
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """Bytes of one training step, by class.
+
+    Args:
+        weights: Parameters and buffers, tied ones once.
+        gradients: Gradients of the trainable parameters.
+        optimizer_states: Tensors in the optimizer's state.
+        activations: What autograd holds between forward and backward, without parameters, buffers and batch.
+        peak: The CUDA allocator's high-water mark since the process began or its last reset; None elsewhere.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    peak: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer_states + self.activations
+
+    def to_dict(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+def predict(
+    model: nn.Module,
+    batch: Mapping[str, object] | tuple[int, int],
+    *,
+    coat: bool = True,
+    group_size: int | None = 128,
+) -> MemoryBreakdown:
+    """Bytes that one training step of ``model`` takes, found without running it.
+
+    Call it in the autocast context of the training, if that has one. What runs on fake tensors is a copy of the
+    model's structure: with ``coat=False`` its linears are turned back first, which gives the model's twin without
+    COAT. Integer tensors (token ids, masks, positions) stay real, because models look into them to choose how to mask
+    the attention.
+
+    Args:
+        model: Any model whose output has a ``loss``, converted or not, on any device, the meta device included.
+        batch: The arguments of one forward by name; or ``(batch size, length)`` for a language model, which stands for
+            ``input_ids`` and ``labels`` of that shape and no padding.
+        coat: False predicts the model as :func:`hf_coat.remove_coat` leaves it.
+        group_size: Values per group of :class:`hf_coat.CoatAdamW`; None for ``torch.optim.AdamW``.
+
+    Raises:
+        RuntimeError: Where the forward's course depends on computed values (the routing of some mixtures of experts)
+            or PyTorch knows no fake twin of an operation; its message names the operation. Then only :func:`measure`
+            can tell.
+    """
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    if isinstance(batch, tuple):
+        batch = {name: torch.zeros(batch, dtype=torch.long, device=device) for name in ("input_ids", "labels")}
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(t: object) -> object:
+        if not isinstance(t, torch.Tensor):
+            return t
+        if not (isinstance(t, nn.Parameter) or t.is_floating_point() or t.is_meta):
+            return t.clone()
+        with mode:
+            like = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device if t.is_meta else t.device)
+        return nn.Parameter(like, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else like
+
+    model = copy.deepcopy(model, {id(t): fake(t) for t in _tensors_of(model)})
+    if not coat:
+        remove_coat(model)
+    batch = {name: fake(value) for name, value in batch.items()}
+    with mode, _RealIntegers():
+        activations, _ = _saved_by_forward(model.train(), batch)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return MemoryBreakdown(
+        weights=_bytes(_tensors_of(model)),
+        gradients=_bytes(trainable),
+        optimizer_states=sum(_state_bytes(p, group_size) for p in trainable),
+        activations=activations,
+    )
+
+
+def measure(model: nn.Module, batch: Mapping[str, object], optimizer: Optimizer) -> MemoryBreakdown:
+    """Bytes that a training step of the live ``model`` takes, measured by one forward and backward.
+
+    Call it after the first optimizer step, for there are no states before it, and in the autocast context of the
+    training, if that has one. Weights, gradients, training flags and random state are left as they were; ``peak`` is
+    read first.
+
+    Args:
+        model: The model in training, whose output has a ``loss``.
+        batch: The arguments of one forward by name, on the model's device.
+        optimizer: The optimizer whose state is counted.
+    """
+    on_cuda = {p.device for p in model.parameters() if p.is_cuda}
+    peak = sum(map(torch.cuda.max_memory_allocated, on_cuda)) if on_cuda else None
+    gradients = {p: p.grad for p in model.parameters()}
+    try:
+        for p in gradients:
+            p.grad = None
+        with _training(model), torch.random.fork_rng(devices=[device.index for device in on_cuda]):
+            activations, loss = _saved_by_forward(model, batch)
+            loss.backward()
+        gradient_bytes = _bytes(p.grad for p in gradients if p.grad is not None)
+    finally:
+        for p, gradient in gradients.items():
+            p.grad = gradient
+    states = (value for state in optimizer.state.values() for value in state.values())
+    state_bytes = _bytes(value for value in states if isinstance(value, torch.Tensor))
+    return MemoryBreakdown(_bytes(_tensors_of(model)), gradient_bytes, state_bytes, activations, peak)
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Inside FakeTensorMode: an operation on no fake tensor whose results are no floats is done for real."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(isinstance(value, FakeTensor) for value in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        if func is not torch.ops.aten._local_scalar_dense.default:  # tensor.item(), which a fake tensor has not
+            result = func(*args, **kwargs)
+            if any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in tree_leaves(result)):
+                return result
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+
+class _Saved:
+    """A tensor as the autograd graph holds it; when the graph lets go of it, it is gone."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+def _saved_by_forward(model: nn.Module, batch: Mapping[str, object]) -> tuple[int, torch.Tensor]:
+    """Bytes that autograd holds once the loss is there, and the loss."""
+    saved = weakref.WeakSet()
+
+    def pack(tensor):
+        holder = _Saved(tensor)
+        saved.add(holder)
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} gave no loss for a batch of {sorted(batch)}; memory is counted up to the loss: "
+            "put labels into the batch"
+        )
+    given = [*_tensors_of(model), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
+    return _bytes([holder.tensor for holder in saved], without=given), loss
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers and tensors in plain attributes of the model's modules."""
+    return [
+        t
+        for module in model.modules()
+        for held in (module._parameters, module._buffers, vars(module))
+        for t in held.values()
+        if isinstance(t, torch.Tensor)
+    ]
+
+
+def _bytes(tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes of the distinct storages under ``tensors`` that are not under ``without``."""
+    known = {t.untyped_storage()._cdata for t in without}
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for storage, size in sizes.items() if storage not in known)
+
+
+def _state_bytes(p: torch.Tensor, group_size: int | None) -> int:
+    """Bytes of one parameter's optimizer state: two moments, and the step in a float32 scalar."""
+    if group_size is None:
+        return 2 * p.nbytes + STEP_BYTES
+    groups = math.prod(group_shape(p.shape, group_size))
+    return 2 * (p.numel() + groups * GROUP_BYTES) + STEP_BYTES
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, for as long as the context lasts."""
+    flags = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

@@ -1,0 +1,219 @@
+"""FP8 quantization: codes with one scale per tensor, per token or per group, as they stand, transposed, or both.
+
+    x [T, H]  ->  x_q [T, H] codes,  x_qt [H, round_up(T, 16)] the same codes transposed,  x_s float32 scales
+
+Scales are [1, 1] per tensor, [T, 1] per token and [T, ceil(H / G)] per group. The transposed codes end in zeros up to
+a multiple of 16 tokens, because the matrix product that uses them (the weight gradient) reduces over T and tensor
+cores read 16 bytes at a time.
+
+COAT quantizes the operands of matrix products per tensor and the inputs of non-linear layers per 1 x 16 group
+(arXiv 2410.19313, section 4); a scale per token is as cheap for the matrix product and needs no second pass over
+``x``.
+"""
+
+import torch
+
+from ._registry import register
+from .formats import FP8_DTYPES, SMALLEST_NORMAL, Granularity, encode, round_up, scale_from_amax
+
+SOURCE_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def scale_shape(tokens: int, width: int, granularity: str, group_size: int) -> tuple[int, int]:
+    """The shape of the scales of values [tokens, width]."""
+    if granularity == Granularity.TENSOR:
+        return 1, 1
+    if granularity == Granularity.TOKEN:
+        return tokens, 1
+    return tokens, -(-width // group_size)
+
+
+def _per_value(scale: torch.Tensor, width: int, group_size: int) -> torch.Tensor:
+    """Scales [*, S] spread over the values they belong to: [*, width] per group, else as they are (they broadcast)."""
+    return scale.repeat_interleave(group_size, dim=1)[:, :width] if group_size else scale
+
+
+def _transposed(codes: torch.Tensor) -> torch.Tensor:
+    """Codes [T, H] as [H, round_up(T, 16)], zero beyond T."""
+    tokens, width = codes.shape
+    out = torch.zeros(width, round_up(tokens, 16), dtype=torch.uint8, device=codes.device)
+    out[:, :tokens] = codes.view(torch.uint8).t()
+    return out.view(codes.dtype)
+
+
+def _check_quantize(x, dtype, granularity, group_size, scale):
+    if x.dtype not in SOURCE_DTYPES:
+        raise TypeError(f"quantize: x is {x.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
+    if dtype not in FP8_DTYPES:
+        raise TypeError(f"quantize: dtype is {dtype}, expected torch.float8_e4m3fn or torch.float8_e5m2")
+    if granularity not in ("tensor", "token", "group"):
+        raise ValueError(f"quantize: granularity is {granularity!r}, expected 'tensor', 'token' or 'group'")
+    if (granularity == Granularity.GROUP) != (group_size > 0) or (group_size & (group_size - 1)):
+        raise ValueError(
+            f"quantize: group_size is {group_size} with granularity {granularity!r}; expected a power of two with "
+            "'group', 0 otherwise"
+        )
+    if scale is not None:
+        expected = scale_shape(*x.shape, granularity, group_size)
+        if scale.dtype != torch.float32 or tuple(scale.shape) != expected:
+            raise ValueError(
+                f"quantize: scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 {list(expected)} for "
+                f"granularity {granularity!r} and x {list(x.shape)}"
+            )
+
+
+def quantize_ref(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed):
+    tokens, width = x.shape
+    x = x.float()
+    if scale is None:
+        magnitude = x.abs()
+        if x.numel() == 0:
+            amax = x.new_zeros(scale_shape(tokens, width, granularity, group_size))
+        elif granularity == Granularity.TENSOR:
+            amax = magnitude.amax().reshape(1, 1)
+        elif granularity == Granularity.TOKEN:
+            amax = magnitude.amax(dim=1, keepdim=True)
+        else:
+            padded = torch.nn.functional.pad(magnitude, (0, -width % group_size))
+            amax = padded.view(tokens, -1, group_size).amax(dim=2)
+        scale = new_scale = scale_from_amax(amax, dtype, power_of_two)
+    else:
+        new_scale = x.new_empty(0)
+    x_q = encode(x, _per_value(1.0 / scale, width, group_size), dtype)
+    nothing = x.new_empty(0, dtype=dtype)
+    return x_q if codes else nothing, _transposed(x_q) if transposed else nothing.clone(), new_scale
+
+
+def _quantize_fake(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed):
+    tokens, width = x.shape
+    return (
+        x.new_empty((tokens, width) if codes else 0, dtype=dtype),
+        x.new_empty((width, round_up(tokens, 16)) if transposed else 0, dtype=dtype),
+        x.new_empty(scale_shape(tokens, width, granularity, group_size) if scale is None else 0, dtype=torch.float32),
+    )
+
+
+_quantize = register(
+    "quantize(Tensor x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
+    "bool codes, bool transposed) -> (Tensor, Tensor, Tensor)",
+    quantize_ref,
+    _quantize_fake,
+    "quantize_triton:quantize",
+)
+
+
+def quantize(
+    x: torch.Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    granularity: Granularity = Granularity.TOKEN,
+    *,
+    group_size: int = 0,
+    power_of_two: bool = True,
+    scale: torch.Tensor | None = None,
+    codes: bool = True,
+    transposed: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Quantize ``x`` to FP8: ``x ≈ x_q * x_s``, ``x_s = amax / largest``, rounded up to a power of two if asked.
+
+    Args:
+        x: BF16, FP32 or FP16 values [..., H]; the leading dimensions are flattened to T tokens.
+        dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        granularity: What shares a scale: the tensor, a token, or ``group_size`` neighbours along H.
+        group_size: Values per scale with granularity "group", a power of two; 0 otherwise.
+        power_of_two: Round each scale up to a power of two.
+        scale: Scales to use instead of measured ones, float32, of the shape that ``granularity`` gives.
+        codes: Whether to return the codes.
+        transposed: Whether to return the transposed codes.
+
+    Returns:
+        ``(x_q, x_qt, x_s)``: codes [T, H], transposed codes [H, round_up(T, 16)] with zeros beyond T, and scales,
+        float32 [1, 1], [T, 1] or [T, ceil(H / G)]. What was not asked for is None.
+
+    Raises:
+        TypeError, ValueError: For dtypes, granularities or scales that do not fit; the message names the value.
+    """
+    granularity = getattr(granularity, "value", granularity)
+    x = x.reshape(-1, x.shape[-1])
+    _check_quantize(x, dtype, granularity, group_size, scale)
+    x_q, x_qt, x_s = _quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed)
+    return x_q if codes else None, x_qt if transposed else None, x_s if scale is None else scale
+
+
+def dequantize_ref(x_q, x_s, group_size, dtype):
+    return (x_q.float() * _per_value(x_s, x_q.shape[1], group_size)).to(dtype)
+
+
+_dequantize = register(
+    "dequantize(Tensor x_q, Tensor x_s, int group_size, ScalarType dtype) -> Tensor",
+    dequantize_ref,
+    lambda x_q, x_s, group_size, dtype: x_q.new_empty(x_q.shape, dtype=dtype),
+    "quantize_triton:dequantize",
+)
+
+
+def _check_codes(name, x_q, x_s, group_size):
+    if x_q.dtype not in FP8_DTYPES or x_q.dim() != 2:
+        raise TypeError(f"{name}: x_q is {x_q.dtype} {list(x_q.shape)}, expected FP8 codes [T, H]")
+    tokens, width = x_q.shape
+    shapes = [(tokens, -(-width // group_size))] if group_size else [(1, 1), (tokens, 1)]
+    if x_s is not None and (x_s.dtype != torch.float32 or tuple(x_s.shape) not in shapes):
+        raise ValueError(
+            f"{name}: x_s is {x_s.dtype} {list(x_s.shape)}, expected torch.float32 of shape "
+            f"{' or '.join(str(list(s)) for s in shapes)} for codes {list(x_q.shape)} and group_size {group_size}"
+        )
+
+
+def dequantize(
+    x_q: torch.Tensor, x_s: torch.Tensor, *, group_size: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Values [T, H] in ``dtype`` of codes [T, H] and their float32 scales: ``x_q * x_s``.
+
+    Args:
+        x_q: FP8 codes [T, H].
+        x_s: Scales [1, 1], [T, 1], or [T, ceil(H / G)] with ``group_size`` G.
+        group_size: Values per scale along H; 0 for scales per tensor or per token.
+        dtype: ``torch.bfloat16``, ``torch.float32`` or ``torch.float16``.
+    """
+    _check_codes("dequantize", x_q, x_s, group_size)
+    if dtype not in SOURCE_DTYPES:
+        raise TypeError(f"dequantize: dtype is {dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
+    return _dequantize(x_q, x_s, group_size, dtype)
+
+
+def transpose_ref(x_q, x_s):
+    if x_s is None:
+        return _transposed(x_q), x_q.new_empty(0, dtype=torch.float32)
+    scale = x_s.amax(dim=(0, 1), keepdim=True)
+    return _transposed(encode(x_q.float(), x_s / scale.clamp(min=SMALLEST_NORMAL), x_q.dtype)), scale
+
+
+_transpose = register(
+    "transpose(Tensor x_q, Tensor? x_s) -> (Tensor, Tensor)",
+    transpose_ref,
+    lambda x_q, x_s: (
+        x_q.new_empty((x_q.shape[1], round_up(x_q.shape[0], 16))),
+        x_q.new_empty(0 if x_s is None else (1, 1), dtype=torch.float32),
+    ),
+    "quantize_triton:transpose",
+)
+
+
+def transpose(x_q: torch.Tensor, x_s: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Transpose codes [T, H]; with a scale per token, move them to one scale on the way, the largest of the scales.
+
+    With power-of-two scales nothing is rounded again, except what falls below the format's smallest normal number
+    under the common scale: a token 2**15 (E4M3) smaller than the largest one begins to lose bits, as it would have
+    lost them under a scale per tensor.
+
+    Args:
+        x_q: FP8 codes [T, H].
+        x_s: Power-of-two scales [T, 1], or None to leave the codes as they are.
+
+    Returns:
+        Codes [H, round_up(T, 16)] with zeros beyond T, and their scale [1, 1], or None without ``x_s``.
+    """
+    _check_codes("transpose", x_q, x_s, 0)
+    if x_s is not None and x_q.shape[0] == 0:
+        return x_q.new_empty(x_q.shape[1], 0), x_s.new_ones(1, 1)
+    x_qt, scale = _transpose(x_q, x_s)
+    return x_qt, None if x_s is None else scale

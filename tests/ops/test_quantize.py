@@ -1,0 +1,224 @@
+"""quantize, dequantize, transpose: the Triton twins against the references, and what must hold for any input."""
+
+import coat_kernels as ck
+import pytest
+import torch
+from coat_kernels.formats import largest, scale_from_amax
+from coat_kernels.quantize import dequantize_ref, quantize_ref, transpose_ref
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+OPCHECKS = ("test_autograd_registration", "test_faketensor")  # the schema test cannot compare FP8
+RECIPES = [("tensor", 0), ("token", 0), ("group", 16), ("group", 128)]
+# one row, ragged rows with an awkward width, off the 16 of tensor cores, rows wider than a block, an empty batch
+SHAPES = [(1, 64), (37, 100), (130, 257), (2, 16500), (0, 48)]
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """The Triton launchers, with every buffer they allocate filled with garbage first."""
+    triton_module = pytest.importorskip("coat_kernels.quantize_triton", reason="Triton is not installed")
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        out.view(torch.uint8).fill_(0x7E) if out.numel() else None
+        return out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    return triton_module
+
+
+def same_codes(actual, expected):
+    """Codes at most one FP8 step apart, and at least 99.9 % equal (-0 and 0 are equal)."""
+    a, b = actual.cpu().float(), expected.cpu().float()
+    assert a.shape == b.shape and actual.dtype == expected.dtype
+    differ = a != b
+    assert differ.float().mean().item() <= 1e-3 if a.numel() else True
+    steps = (actual.cpu().view(torch.uint8).int() - expected.cpu().view(torch.uint8).int()).abs()
+    assert (steps[differ] <= 1).all()
+
+
+def sample(tokens, width, dtype=torch.bfloat16, device="cpu"):
+    """Values over many binades, as activations have them, with a few exact zeros."""
+    generator = torch.Generator().manual_seed(tokens * 7919 + width)
+    x = torch.randn(tokens, width, generator=generator) * torch.exp(3 * torch.randn(tokens, 1, generator=generator))
+    x[torch.rand(tokens, width, generator=generator) < 0.01] = 0
+    return x.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantize_parity(twin, device, shape, granularity, group, power_of_two, dtype):
+    x = sample(*shape, torch.float32 if shape[0] % 2 else torch.bfloat16)
+    for codes, transposed in ((True, False), (False, True), (True, True)):
+        arguments = (dtype, granularity, group, power_of_two, None, codes, transposed)
+        expected = quantize_ref(x, *arguments)
+        actual = twin.quantize(x.to(device), *arguments)
+        assert torch.equal(actual[2].cpu(), expected[2]), "scales are bitwise equal"
+        same_codes(actual[0], expected[0])
+        same_codes(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_quantize_parity_given_scale_and_strided(twin, device, granularity, group):
+    wide = sample(40, 300)
+    x = wide[::2, 4:260]  # a view with rows apart
+    scale = quantize_ref(x, E4M3, granularity, group, True, None, True, False)[2] * 4
+    expected = quantize_ref(x, E4M3, granularity, group, True, scale, True, True)
+    actual = twin.quantize(wide.to(device)[::2, 4:260], E4M3, granularity, group, True, scale.to(device), True, True)
+    same_codes(actual[0], expected[0])
+    same_codes(actual[1], expected[1])
+    assert actual[2].numel() == 0
+    columns = twin.quantize(wide.to(device).t(), E4M3, "token", 0, True, None, True, False)  # no unit stride along H
+    assert torch.equal(columns[2].cpu(), quantize_ref(wide.t(), E4M3, "token", 0, True, None, True, False)[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_dequantize_parity(twin, device, granularity, group, dtype):
+    x_q, _, x_s = quantize_ref(sample(37, 200), E4M3, granularity, group, False, None, True, False)
+    expected = dequantize_ref(x_q, x_s, group, dtype)
+    assert torch.equal(twin.dequantize(x_q.to(device), x_s.to(device), group, dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (37, 100), (130, 257)])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("move", [True, False])
+def test_transpose_parity(twin, device, shape, dtype, move):
+    x_q, _, x_s = quantize_ref(sample(*shape), dtype, "token", 0, True, None, True, False)
+    scale = x_s if move else None
+    expected, actual = (
+        transpose_ref(x_q, scale),
+        twin.transpose(x_q.to(device), scale if scale is None else scale.to(device)),
+    )
+    same_codes(actual[0], expected[0])
+    assert torch.equal(actual[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_error_is_half_a_step(device, granularity, group, power_of_two, dtype):
+    """Rounding to nearest: half of 2**-3 (E4M3) or 2**-2 (E5M2) of a normal number, half a subnormal step below."""
+    x = sample(37, 200, torch.float32, device)
+    x_q, _, x_s = ck.quantize(x, dtype, granularity, group_size=group, power_of_two=power_of_two)
+    y = ck.dequantize(x_q, x_s, group_size=group, dtype=torch.float32)
+    relative, smallest = (2**-4, 2**-9) if dtype == E4M3 else (2**-3, 2**-16)
+    spread = x_s.repeat_interleave(group, 1)[:, :200] if group else x_s
+    assert ((y - x).abs() <= torch.maximum(x.abs() * relative, spread * smallest / 2) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_idempotent(device, granularity, group, power_of_two):
+    options = dict(group_size=group, power_of_two=power_of_two)
+    x_q, _, x_s = ck.quantize(sample(37, 200, device=device), E4M3, granularity, **options)
+    y = ck.dequantize(x_q, x_s, group_size=group, dtype=torch.float32)
+    again_q, _, again_s = ck.quantize(y, E4M3, granularity, **options)
+    assert torch.equal(ck.dequantize(again_q, again_s, group_size=group, dtype=torch.float32), y) or not power_of_two
+    # a float32 scale comes back through one division and one product: at most two float32 steps away
+    assert torch.allclose(
+        ck.dequantize(again_q, again_s, group_size=group, dtype=torch.float32), y, rtol=2**-22, atol=0
+    )
+
+
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_power_of_two_scaling_leaves_codes_alone(device, granularity, group):
+    x = sample(37, 200, torch.float32, device)
+    a_q, _, a_s = ck.quantize(x, E4M3, granularity, group_size=group)
+    b_q, _, b_s = ck.quantize(x * 2.0**-11, E4M3, granularity, group_size=group)
+    assert torch.equal(a_q.view(torch.uint8), b_q.view(torch.uint8))
+    assert torch.equal(a_s * 2.0**-11, b_s)
+
+
+def test_scale_is_the_smallest_power_of_two_that_fits():
+    amax = torch.tensor([448.0, 448.0 * (1 + 2**-22), 449.0, 224.0, 1.0, 3e-39, 0.0, 3.4e38])
+    scale = scale_from_amax(amax, E4M3, True)
+    assert torch.equal(scale[:5], torch.tensor([1.0, 2.0, 2.0, 0.5, 2.0**-8]))
+    assert torch.equal(scale[5:7], torch.full((2,), 2.0**-126)), "never below the smallest normal number"
+    assert (amax / scale <= largest(E4M3)).all()
+
+
+def test_special_groups(device):
+    """Zeros, constants, one-hot, subnormal, NaN and inf groups have stated outcomes, and do not touch each other."""
+    x = torch.zeros(1, 7 * 16, device=device)
+    groups = x.view(7, 16)
+    groups[1] = -3.0  # constant
+    groups[2, 5] = 2.0**100  # one hot
+    groups[3] = 1e-40  # subnormal
+    groups[4, 3] = float("nan")
+    groups[5, 3] = float("-inf")
+    groups[6] = torch.linspace(-1, 1, 16)
+    for power_of_two in (True, False):
+        x_q, _, x_s = ck.quantize(x, E4M3, "group", group_size=16, power_of_two=power_of_two)
+        y = ck.dequantize(x_q, x_s, group_size=16, dtype=torch.float32).view(7, 16)
+        assert torch.equal(y[0], groups[0])
+        assert torch.allclose(y[1:3], groups[1:3], rtol=2**-22, atol=0)
+        assert (y[3] - groups[3]).abs().max() <= 2.0**-126 * 2**-10, "half a step under the smallest normal scale"
+        assert y[4].isnan().all() and y[5].isnan().all(), "a broken number stays visible"
+        alone_q, _, alone_s = ck.quantize(groups[6:], E4M3, "group", group_size=16, power_of_two=power_of_two)
+        assert torch.equal(y[6:], ck.dequantize(alone_q, alone_s, group_size=16, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (37, 100), (64, 32), (0, 16)])
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_transposed_equals_transpose(device, shape, granularity, group):
+    x_q, x_qt, _ = ck.quantize(sample(*shape, device=device), E4M3, granularity, group_size=group, transposed=True)
+    assert x_qt.shape == (shape[1], -(-shape[0] // 16) * 16)
+    assert torch.equal(x_qt[:, : shape[0]].view(torch.uint8), x_q.view(torch.uint8).t())
+    assert not x_qt[:, shape[0] :].view(torch.uint8).any()
+
+
+def test_transpose_moves_power_of_two_scales_exactly(device):
+    """Rows down to 2**-14 of the largest keep every bit: 2**15 normal binades of E4M3 less the code's own one."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).clamp(0.5, 1).to(device)
+    x *= 2.0 ** -(torch.arange(32, device=device) % 13)[:, None].float()
+    x_q, _, x_s = ck.quantize(x)
+    x_qt, top = ck.transpose(x_q, x_s)
+    assert top == x_s.max()
+    assert torch.equal(ck.dequantize(x_qt, top, dtype=torch.float32).t(), ck.dequantize(x_q, x_s, dtype=torch.float32))
+
+
+def test_leading_dimensions_are_flattened(device):
+    x = sample(24, 64, device=device)
+    x_q, _, x_s = ck.quantize(x.view(2, 3, 4, 64))
+    flat_q, _, flat_s = ck.quantize(x)
+    assert torch.equal(x_q.view(torch.uint8), flat_q.view(torch.uint8)) and torch.equal(x_s, flat_s)
+
+
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_registration(device, granularity, group):
+    """Fake and kernel agree (torch.library.opcheck), with and without a given scale."""
+    x = sample(20, 128, device=device)
+    arguments = (E4M3, granularity, group, True)
+    torch.library.opcheck(
+        torch.ops.coat_kernels.quantize.default, (x, *arguments, None, True, True), test_utils=OPCHECKS
+    )
+    x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group)
+    torch.library.opcheck(
+        torch.ops.coat_kernels.quantize.default, (x, *arguments, x_s, True, False), test_utils=OPCHECKS
+    )
+    torch.library.opcheck(
+        torch.ops.coat_kernels.dequantize.default, (x_q, x_s, group, torch.bfloat16), test_utils=OPCHECKS
+    )
+    for scale in (None, *([x_s] if granularity == "token" else [])):
+        torch.library.opcheck(torch.ops.coat_kernels.transpose.default, (x_q, scale), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.ones(2, 16, dtype=torch.int32)), "torch.int32"),
+        (dict(dtype=torch.float8_e4m3fnuz), "float8_e4m3fnuz"),
+        (dict(granularity="row"), "'row'"),
+        (dict(granularity="group"), "group_size is 0"),
+        (dict(granularity="group", group_size=24), "group_size is 24"),
+        (dict(group_size=16), "group_size is 16"),
+        (dict(scale=torch.ones(3, 1)), r"\[3, 1\]"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ck.quantize(**{"x": torch.ones(2, 16), **change})

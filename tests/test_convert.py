@@ -1,0 +1,182 @@
+"""apply_coat and remove_coat: what is converted, what is kept and why, and that undoing is exact."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MixtralConfig
+
+import hf_coat
+from hf_coat import CoatConfig
+from hf_coat.modules import CoatLinear
+
+TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=128, num_attention_heads=4)
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**TINY, "num_key_value_heads": 2, **changes}))
+
+
+def loss_and_grads(model):
+    model.zero_grad()
+    ids = torch.arange(60).view(2, 30) % 128
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_llama_report():
+    model = llama()
+    report = hf_coat.apply_coat(model)
+    assert len(report.converted) == 2 * 7
+    assert report.kept == {"lm_head": "head"}
+    assert report.uncovered.keys() == {"Embedding", "LlamaRMSNorm"}
+    assert "14 linears converted, 1 kept" in str(report) and "model.layers.*.mlp.up_proj x 2" in str(report)
+    assert report.to_dict()["kept"] == report.kept
+
+
+def test_parameters_stay_the_same_objects_and_undoing_is_exact():
+    model = llama()
+    before = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
+    expected = loss_and_grads(model)
+    hf_coat.apply_coat(model)
+    converted = loss_and_grads(model)
+    assert converted[0] != expected[0] and abs(converted[0] - expected[0]) < 0.02 * expected[0]
+    assert all(model.get_parameter(name) is p and p.data_ptr() == ptr for name, (p, ptr) in before.items())
+    report = hf_coat.remove_coat(model)
+    assert len(report.converted) == 14 and not any(isinstance(m, CoatLinear) for m in model.modules())
+    again = loss_and_grads(model)
+    assert again[0] == expected[0] and all(torch.equal(again[1][n], g) for n, g in expected[1].items())
+
+
+def test_applying_again_changes_nothing_and_another_config_takes_over():
+    model = llama()
+    first, second = hf_coat.apply_coat(model), hf_coat.apply_coat(model)
+    assert first == second
+    per_tensor = CoatConfig(granularity="tensor", modules_to_not_convert=["k_proj"])
+    report = hf_coat.apply_coat(model, per_tensor)
+    assert model.model.layers[0].self_attn.q_proj.coat is per_tensor
+    assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear and len(report.converted) == 12
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        ("model.layers.0", 7),
+        ("q_proj", 2),
+        ("layers.1.mlp", 3),
+        ("*.layers.0.*_proj", 7),
+        ("self_attn.q_proj", 2),
+    ],
+)
+def test_modules_to_not_convert(pattern, kept):
+    report = hf_coat.apply_coat(llama(), CoatConfig(modules_to_not_convert=[pattern, "vision_tower"]))
+    assert len(report.converted) == 14 - kept
+    assert sum(pattern in reason for reason in report.kept.values()) == kept
+    assert report.unmatched == ["vision_tower"] and "vision_tower" in report.summary()
+
+
+def test_tied_head_classifier_and_router_are_kept():
+    tied = hf_coat.apply_coat(llama(tie_word_embeddings=True))
+    assert "lm_head" in tied.kept
+    classifier = AutoModelForSequenceClassification.from_config(LlamaConfig(**TINY, num_labels=32))
+    assert hf_coat.apply_coat(classifier).kept["score"] == "head"
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(32, 32)
+            self.gate, self.up, self.out = nn.Linear(32, 16), nn.Linear(32, 32), nn.Linear(32, 32)
+            self.narrow = nn.Linear(32, 3)
+            self.out.weight = self.embed.weight
+
+    report = hf_coat.apply_coat(Routed())
+    assert list(report.converted) == ["up"]
+    assert report.kept == {
+        "gate": "router",
+        "out": "shares its weight with an embedding",
+        "narrow": "narrower than 16",
+    }
+    mixtral = MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=2)
+    experts = hf_coat.apply_coat(AutoModelForCausalLM.from_config(mixtral))
+    assert len(experts.converted) == 8 and "MixtralExperts" in experts.uncovered
+
+
+def test_subclasses_and_replaced_forwards_are_kept():
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(32, 32), Special(32, 32), nn.Linear(32, 32))
+    model[2].forward = lambda x: x
+    report = hf_coat.apply_coat(model)
+    assert list(report.converted) == ["0"]
+    assert report.kept == {
+        "1": "a Special, not a plain nn.Linear",
+        "2": "its forward was replaced (an offloading hook?)",
+    }
+
+
+def test_adapters_of_peft_are_kept():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(llama(), config)
+    report = hf_coat.apply_coat(model)
+    assert len(report.converted) == 14
+    assert set(report.kept.values()) == {"adapter weights of PEFT", "head"}
+    loss, grads = loss_and_grads(model)
+    assert grads and all("lora" in name for name in grads)
+
+
+def test_hooks_deepcopy_and_meta_device():
+    model = llama()
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    hf_coat.apply_coat(model)
+    twin = copy.deepcopy(model)
+    assert loss_and_grads(twin)[0] == loss_and_grads(model)[0] and len(seen) == 2
+    with torch.device("meta"):
+        empty = llama()
+    assert len(hf_coat.apply_coat(empty).converted) == 14
+
+
+def test_saved_weights_are_plain(tmp_path):
+    model = llama()
+    plain = {name: p.clone() for name, p in model.state_dict().items()}
+    hf_coat.apply_coat(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(isinstance(m, CoatLinear) for m in loaded.modules())
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in plain.items())
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+
+
+def test_generate():
+    model = llama()
+    hf_coat.apply_coat(model)
+    tokens = model.generate(torch.arange(8).view(1, 8), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (1, 13)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: llama().half(), "torch.float16.*dtype=torch.bfloat16"),
+        (lambda: nn.Sequential(nn.ReLU()), "nothing to convert in Sequential"),
+    ],
+)
+def test_bad_models_are_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        hf_coat.apply_coat(model())
+
+
+def test_old_gpus_are_refused(monkeypatch):
+    class OnOldGpu(nn.Module):
+        def parameters(self, recurse=True):
+            yield type("P", (), {"device": torch.device("cuda", 0)})()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ValueError, match="A100 has compute capability 8.0.*8.9"):
+        hf_coat.apply_coat(OnOldGpu())
