@@ -8,7 +8,8 @@ import torch
 
 def environment(*packages: str) -> dict:
     """GPU, commit, and the versions of torch, triton, transformers and the packages named."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
     names = ("torch", "triton", "transformers", *packages)
     versions = {name: importlib.metadata.version(name) for name in names}
-    return {"gpu": torch.cuda.get_device_name(), "commit": commit, "cuda": torch.version.cuda, **versions}
+    where = {"gpu": torch.cuda.get_device_name(), "commit": git.stdout.strip() or None, "cuda": torch.version.cuda}
+    return where | versions

@@ -12,9 +12,9 @@ from .integrations import register as _register
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import trl as trl
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
-    from .integrations import trl as trl
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
     from .optim import CoatAdamW
 
@@ -45,7 +45,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "trl":  # not in __all__: TRL need not be installed
-        return importlib.import_module(".integrations.trl", __name__)
+        return importlib.import_module(".trl", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,7 +1,6 @@
 """Put COAT into a live model and take it out again: one walker, one report."""
 
 import fnmatch
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
@@ -11,6 +10,7 @@ from torch import nn
 from .config import CoatConfig
 from .families import why_kept
 from .modules import CoatLinear
+from .report import conversion_table
 
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0), Blackwell (10, 0) and (12, 0)
 
@@ -48,19 +48,8 @@ class ConversionReport:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        """The whole report, with the layers of a stack on one line."""
-
-        def fold(entries: dict[str, str]) -> list[str]:
-            groups = Counter((re.sub(r"\b\d+\b", "*", name) or "(the model)", what) for name, what in entries.items())
-            return [f"  {name} x {count}: {what}" for (name, what), count in groups.items()]
-
-        return "\n".join(
-            [self.summary().split("\n", 1)[0]]
-            + (["converted", *fold(self.converted)] if self.converted else [])
-            + (["kept", *fold(self.kept)] if self.kept else [])
-            + (["not covered", *(f"  {k}: {v}" for k, v in self.uncovered.items())] if self.uncovered else [])
-            + [f"modules_to_not_convert names nothing in this model: {entry}" for entry in self.unmatched]
-        )
+        """The whole report as a table, with the layers of a stack on one line."""
+        return conversion_table(self.to_dict())
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -85,8 +74,8 @@ def check_devices(model: nn.Module) -> None:
                 )
         elif device.type not in ("cpu", "meta"):
             raise ValueError(
-                f"the model is on {device}; COAT runs on NVIDIA GPUs (compute capability 8.9 or newer) and, for tests, "
-                "on the CPU"
+                f"the model is on {device}; COAT runs on NVIDIA GPUs of compute capability 8.9 or newer "
+                "and, for tests, on the CPU"
             )
     halves = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
     if halves:

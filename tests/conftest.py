@@ -12,11 +12,14 @@ import pytest  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:  # one at the head of each equal part: the processes of pytest-xdist begin with one part each
+        rest = [item for item in items if item not in slow]
+        items[:] = [item for i, head in enumerate(slow) for item in (head, *rest[i :: len(slow)])]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ LEVELS = [
     ("hf_coat.modules",),
     ("hf_coat.convert", "hf_coat.families", "hf_coat.memory", "hf_coat.report"),
     ("hf_coat.integrations",),
-    ("hf_coat",),  # the package's own page: it names what the others offer
+    ("hf_coat", "hf_coat.trl"),  # the package's own page: it names what the others offer
     ("examples",),
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

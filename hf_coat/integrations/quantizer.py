@@ -15,7 +15,7 @@ from ..config import CoatConfig
 from ..convert import apply_coat, check_devices, remove_coat
 from .checks import check_model
 
-# A child of transformers' own logger, which Trainer's log_level and logging.set_verbosity govern.
+# See trainer.py
 logger = logging.get_logger("transformers.coat")
 
 
@@ -26,7 +26,7 @@ class CoatHfQuantizer(HfQuantizer):
         # Not later: hooks that offload modules keep the forward that a module had before.
         check_model(model, self.quantization_config)
         self.report = apply_coat(model, self.quantization_config)
-        (logger.warning if self.report.unmatched else logger.info)(f"COAT: {self.report.summary()}")
+        logger.warning(f"COAT: {self.report.summary()}")
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:

@@ -30,7 +30,8 @@ from ..optim import CoatAdamW
 from ..report import format_bytes
 from .checks import check_model, check_run
 
-# A child of transformers' own logger, which Trainer's log_level and logging.set_verbosity govern.
+# A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
+# as a warning: transformers shows nothing less by default, and what was not converted must not go unseen.
 logger = logging.get_logger("transformers.coat")
 
 COAT_ADAMW = "coat_adamw"
@@ -213,7 +214,7 @@ class CoatCallback(TrainerCallback):
             return
         self._convert(model)  # model_init may have made another one since
         if self.report is not None and state.is_world_process_zero:
-            (logger.warning if self.report.unmatched else logger.info)(f"COAT: {self.report.summary()}")
+            logger.warning(f"COAT: {self.report.summary()}")
         self._check_optimizer(_bare(optimizer), state.global_step)
         if state.global_step > 0:
             self._compare_with_checkpoint(args, state)
@@ -276,7 +277,7 @@ class CoatCallback(TrainerCallback):
         }
         if isinstance(optimizer, CoatAdamW) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
-            logger.info(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
+            logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
 
     def _write_config(self, args, *folders: str) -> None:
         if self.coat is not None and args.should_save:

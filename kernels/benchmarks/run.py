@@ -148,9 +148,9 @@ def run_products(only: str) -> Iterator[dict]:
 
 
 def environment() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    git = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    return {"gpu": torch.cuda.get_device_name(), "commit": commit, **versions}
+    return {"gpu": torch.cuda.get_device_name(), "commit": git.stdout.strip() or None, **versions}
 
 
 def show(row: dict) -> str:
@@ -180,7 +180,11 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.record:
         wanted = ("gpu", "m", "n", "k", "fast_accum", "triton_us", "cublaslt_us")
-        records = [{key: row[key] for key in wanted} for row in rows if "triton_us" in row and row["parity"]]
+        records = [
+            {k: round(row[k], 1) if k.endswith("_us") else row[k] for k in wanted}
+            for row in rows
+            if "triton_us" in row and row["parity"]
+        ]
         lines = ",\n ".join(json.dumps(record) for record in records)
         scaled_mm_triton.CHOICES.write_text(f"[\n {lines}\n]\n")
 

@@ -139,7 +139,7 @@ def _transpose_kernel(
 def _tile(width: int, group_size: int, transposed: bool) -> tuple[int, int]:
     """Rows and columns of a tile, the fastest of a sweep on an H200. Transposed codes want long rows on both sides."""
     if transposed:
-        return 64, max(128, group_size)
+        return 64, max(64, group_size)
     block_h = max(group_size, min(2048, triton.next_power_of_2(width)))
     return max(1, 4096 // block_h), block_h
 
@@ -163,12 +163,11 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
     x_qt = nothing(dtype, x.device)
     if at_once:
         x_qt = torch.empty((width, round_up(tokens, 16)), dtype=dtype, device=x.device)
-    x_s = (
-        scale.contiguous()
-        if given
-        else torch.empty(scale_shape(tokens, width, granularity, group_size), dtype=torch.float32, device=x.device)
-    )
-    new_s = nothing(torch.float32, x.device) if given else x_s
+    if given:
+        x_s, new_s = scale.contiguous(), nothing(torch.float32, x.device)
+    else:
+        shape = scale_shape(tokens, width, granularity, group_size)
+        x_s = new_s = torch.empty(shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         new_s.fill_(torch.finfo(torch.float32).smallest_normal)  # which is empty where scales are given
     elif granularity == "token" and not given:
@@ -187,10 +186,11 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
             )
             _scale_kernel[(1,)](amax, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
         block_t, block_h = _tile(width, group_size, at_once)
+        warps = max(1, block_t * block_h // 2048) if at_once else 4
         _quantize_tiles_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
             x, x_s, x_q.view(torch.uint8), x_qt.view(torch.uint8), tokens, width, x.stride(0), x_qt.shape[-1],
             GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
-            CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h,
+            CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
         )  # fmt: skip
     if after:
         x_qt = _transpose_codes(x_q)
@@ -222,7 +222,7 @@ def _transpose_codes(x_q, x_s=None, top=None):
     padded = round_up(tokens, 16)
     x_qt = torch.empty(width, padded, dtype=x_q.dtype, device=x_q.device)
     if x_qt.numel():
-        block_t, block_h = 128, 128
+        block_t, block_h = (64, 128) if x_s is None else (128, 64)
         _transpose_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
             x_q.view(torch.uint8), x_s, top, x_qt.view(torch.uint8), tokens, width, padded,
             MOVE=x_s is not None, EMAX=MAX_EXPONENT[x_q.dtype], BLOCK_T=block_t, BLOCK_H=block_h,

@@ -77,14 +77,15 @@ def run_python(code, *arguments, blocked=()):
 
 
 class Heard(logging.Handler):
-    """Collects the messages of COAT's logger, with their level in front."""
+    """Collects the messages of COAT's logger, with their level in front; that of the run's report is REPORT."""
 
     def __init__(self):
         super().__init__()
         self.lines = []
 
     def emit(self, record):
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
+        message = record.getMessage()
+        self.lines.append(f"{'REPORT' if message.startswith('COAT: ') else record.levelname} {message}")
 
     def __contains__(self, text):
         return any(text in line for line in self.lines)
