@@ -136,12 +136,13 @@ def _transpose_kernel(
     _store_transposed(bits, qt_ptr, t, h, width, stride_qt)
 
 
-def _tile(width: int, group_size: int, transposed: bool) -> tuple[int, int]:
-    """Rows and columns of a tile, the fastest of a sweep on an H200. Transposed codes want long rows on both sides."""
+def _tile(width: int, group_size: int, codes: bool, transposed: bool) -> tuple[int, int, int]:
+    """Rows, columns and warps of a tile, the fastest of a sweep on an H200, by which layouts it is written in."""
     if transposed:
-        return 64, max(64, group_size)
+        block_t, block_h = 64, max(128 if codes else 64, group_size)
+        return block_t, block_h, block_t * block_h // 2048
     block_h = max(group_size, min(2048, triton.next_power_of_2(width)))
-    return max(1, 4096 // block_h), block_h
+    return max(1, 4096 // block_h), block_h, 4
 
 
 @functools.cache
@@ -185,8 +186,7 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
                 x, amax, tokens, width, x.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
             )
             _scale_kernel[(1,)](amax, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
-        block_t, block_h = _tile(width, group_size, at_once)
-        warps = max(1, block_t * block_h // 2048) if at_once else 4
+        block_t, block_h, warps = _tile(width, group_size, keep, at_once)
         _quantize_tiles_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
             x, x_s, x_q.view(torch.uint8), x_qt.view(torch.uint8), tokens, width, x.stride(0), x_qt.shape[-1],
             GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
@@ -208,7 +208,7 @@ def dequantize(x_q, x_s, group_size, dtype):
     y = torch.empty(tokens, width, dtype=dtype, device=x_q.device)
     if y.numel() == 0:
         return y
-    block_t, block_h = _tile(width, group_size, False)
+    block_t, block_h, _ = _tile(width, group_size, True, False)
     _dequantize_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
         x_q.contiguous(), x_s.contiguous(), y, tokens, width, x_s.shape[1] if group_size or x_s.shape[0] > 1 else 0,
         GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h,
