@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .DELETE_ON_ERROR:
 
 demo: $(SETUP)
-	$(PYTHON) examples/sft.py $(ARGS)
+	$(PYTHON) examples/sft.py --coat lean --compare_bf16 $(ARGS)
 
 # Every test runs in one of two processes of one thread each: most are small, and the interpreted kernels are Python.
 test: lint

@@ -80,7 +80,7 @@ def load_text(name: str | None, config: str | None) -> Dataset:
 
 
 def tokenize(text: Dataset, tokenizer, block_size: int) -> Dataset:
-    """Rows of ``input_ids`` and ``labels``, each ``block_size`` long; only completions, or last messages, have labels."""
+    """Rows of ``input_ids`` and ``labels``, each ``block_size`` long; what is not to be learned has no labels."""
 
     def encode(row):
         if "text" in row:

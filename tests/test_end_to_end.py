@@ -113,7 +113,7 @@ def test_example_with_your_own_model_and_data(row, sft, tmp_path, monkeypatch, c
 
 
 def test_only_answers_are_learned(sft):
-    """Labels are the completion's tokens and its end; blocks are full, and nothing but the rest of the last is lost."""
+    """Labels are the completion's tokens and its end; blocks are full, and only the rest of the last is lost."""
     rows = Dataset.from_list([{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(40)])
     _, tokenizer = sft.small_llama(rows, hidden_size=32, intermediate_size=64)
     data = sft.tokenize(rows, tokenizer, 16)

