@@ -5,10 +5,10 @@
     input gradient    dy_q = Q(dy)  w_qt = Q(w).T           dx = dy_q @ w_qt.T
     weight gradient   dy_qt         x_qt = (kept codes).T   dw = dy_qt @ x_qt.T
 
-With scales per token the products that reduce over tokens or over output features need one scale for all they add up,
-so kept codes move to the largest of their power-of-two scales while they are transposed: exactly (see
-coat_kernels.transpose). With one scale per tensor (the COAT paper, arXiv 2410.19313 section 4) both layouts are
-written at once in the forward.
+A product that adds up over tokens has one scale for all of them. With scales per token, the codes of one operand
+therefore move to the largest product of both scales while they are transposed: exactly, for the scales are powers of
+two (see coat_kernels.transpose). With one scale per tensor (the COAT paper, arXiv 2410.19313 section 4) the input's
+transposed codes are what is kept.
 
 The weight is quantized again in the backward, straight into its transposed layout: keeping codes of all weights from
 the forward to the backward would cost a byte per parameter.
@@ -34,8 +34,7 @@ def quantize_input(x: torch.Tensor, granularity: Granularity, power_of_two: bool
     """Quantize a linear's input ``x`` [..., K]; linears that read the same tensor share one result.
 
     The result stays with the tensor object for as long as that lives unchanged: q, k and v (or gate and up) then keep
-        one FP8
-    copy between them, as they keep one BF16 copy without COAT.
+    one FP8 copy between them, as they keep one BF16 copy without COAT.
     """
     # A compiler merges equal calls by itself. Under a frozen weight somebody else may keep x, and our codes with it,
     # in vain.
