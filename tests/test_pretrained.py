@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 
@@ -30,7 +31,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory):
-    """Fine-tune for 30 steps of 2 x 64 tokens; returns the loss on 2,048 held-out tokens before and after."""
+    """Fine-tune for 30 steps of 2 x 64 tokens; returns the loss on 2,048 held-out tokens before and after.
+
+    Both are of the plain model: "after" is the loss of the checkpoint, which is what a user gets. Evaluated in FP8
+    this small model, whose weights come from 4 bits, loses about 1.3 % before any training, and no more after it.
+    """
     disable_progress_bars()
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -42,17 +47,21 @@ def fine_tune(tmp_path_factory):
     pretrained, tokenizer = data.smollm2()
     chapters = Dataset.from_dict({"text": list(data.topics.values())}).train_test_split(test_size=0.2, seed=0)
     text, held_out = (sft.tokenize(chapters[part], tokenizer, 64).shuffle(0) for part in ("train", "test"))
-    held_out = held_out.take(32)
+    held_out = torch.tensor(held_out.take(32)["input_ids"])
+
+    def loss(model) -> float:
+        with torch.no_grad():
+            return model.eval()(input_ids=held_out, labels=held_out).loss.item()
 
     def run(coat: str | None) -> tuple[float, float]:
         model = copy.deepcopy(pretrained)
+        before = loss(model)
         args = hf_coat.TrainingArguments(
             output_dir=str(tmp_path_factory.mktemp("run")),
             coat=coat,
             max_steps=STEPS,
             per_device_train_batch_size=2,
-            per_device_eval_batch_size=32,
-            learning_rate=5e-5,
+            learning_rate=2e-4,  # takes BF16 from 3.59 to 3.30; with much less there is little to compare
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -60,10 +69,10 @@ def fine_tune(tmp_path_factory):
         trainer = transformers.Trainer(
             model, args, train_dataset=text, data_collator=transformers.default_data_collator
         )
-        before = trainer.evaluate(held_out)["eval_loss"]
         trainer.train()
         assert trainer.state.global_step == STEPS
-        return before, trainer.evaluate(held_out)["eval_loss"]
+        hf_coat.remove_coat(model)
+        return before, loss(model)
 
     return run
 
