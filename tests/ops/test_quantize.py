@@ -11,7 +11,8 @@ OPCHECKS = ("test_autograd_registration", "test_faketensor")  # the schema test 
 RECIPES = [("tensor", 0), ("token", 0), ("group", 16), ("group", 128)]
 # one row, ragged rows with an awkward width, off the 16 of tensor cores, an empty batch
 SHAPES = [(1, 64), (37, 100), (130, 257), (0, 48)]
-CASES = [(shape, *recipe) for shape in SHAPES for recipe in RECIPES] + [((2, 16500), "token", 0)]  # wider than a block
+WIDE = [((2, 16500), "token", 0), ((2, 4100), "tensor", 0), ((2, 4100), "group", 16)]  # wider than a block
+CASES = [(shape, *recipe) for shape in SHAPES for recipe in RECIPES] + WIDE
 
 
 @pytest.fixture
