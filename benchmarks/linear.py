@@ -8,11 +8,11 @@ All of COAT's quantization is inside the measured time. The floor counts three m
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
 from environment import environment
+from timing import fp8_rate, time_ms
 from torch import nn
 
 import hf_coat
@@ -21,34 +21,12 @@ from hf_coat.config import PRESETS
 SHAPES = [(16384, 4096, 11008), (16384, 4096, 4096), (16384, 11008, 4096), (2048, 4096, 11008)]  # tokens, in, out
 
 
-def time_ms(call, repeats: int = 20) -> tuple[float, float]:
-    """Median and spread (largest minus smallest) of one call, in milliseconds, by device events."""
-    for _ in range(5):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in events]
-    return statistics.median(times), max(times) - min(times)
-
-
-def fp8_rate(m: int, n: int, k: int) -> float:
-    """FLOP per second of ``torch._scaled_mm`` with scales per row."""
-    a, b = (torch.randn(size, k, device="cuda").to(torch.float8_e4m3fn) for size in (m, n))
-    ones = [torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")]
-    ms, _ = time_ms(lambda: torch._scaled_mm(a, b.t(), *ones, out_dtype=torch.bfloat16, use_fast_accum=True))
-    return 2 * m * n * k / (ms * 1e-3)
-
-
 def measure(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict:
-    def step():
+    def new_step():
         x.grad = layer.weight.grad = None
-        layer(x).backward(dy)
+        torch.autograd.graph.increment_version(layer.weight)  # as an optimizer's step: it is quantized again
 
-    ms, spread = time_ms(step)
+    ms, spread = time_ms(lambda: layer(x).backward(dy), before=new_step)
     kept = 0
 
     def count(tensor):

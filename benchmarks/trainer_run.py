@@ -11,15 +11,13 @@ use torch's fused AdamW with BF16 states. The loss is that of held-out files aft
 
 import argparse
 import json
-import subprocess
-import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from environment import environment
+from environment import environment, fresh_process
+from peer_models import StepClock, in_bf16
 
 RUNS = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("lean", 0), ("paper", 0)]
 VOCABULARY = 16384
@@ -53,7 +51,7 @@ def source_tokens(cache: Path, millions: int) -> torch.Tensor:
 
 def train(variant: str, seed: int, cache: Path, options: argparse.Namespace) -> dict:
     """One run in this process."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
     import hf_coat
 
@@ -66,18 +64,7 @@ def train(variant: str, seed: int, cache: Path, options: argparse.Namespace) -> 
     train_set, eval_set = ([{"input_ids": row, "labels": row} for row in r.long()] for r in (rows, held_out))
     set_seed(seed)
     config = LlamaConfig(**MODEL, vocab_size=VOCABULARY, max_position_embeddings=length)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (20, steps):
-                torch.cuda.synchronize()
-                setattr(self, f"at_{state.global_step}", time.perf_counter())
-
-    clock = Clock()
+    model, clock = in_bf16(lambda: LlamaForCausalLM(config), "cuda"), StepClock()
     coat = {} if variant == "bf16" else {"coat": variant}
     args = hf_coat.TrainingArguments(
         output_dir=tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=batch,
@@ -90,13 +77,13 @@ def train(variant: str, seed: int, cache: Path, options: argparse.Namespace) -> 
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     peak = torch.cuda.max_memory_allocated()
-    seconds = getattr(clock, f"at_{steps}") - clock.at_20
+    times = clock.milliseconds()[19:]  # of the 21st step and all after it
     state = trainer.optimizer.state
     return {
         "variant": variant,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_per_second": (steps - 20) * batch * length / seconds,
+        "tokens_per_second": len(times) * batch * length / sum(times) * 1e3,
         "peak_gib": peak / 2**30,
         "state_bytes_per_parameter": sum(
             t.numel() * t.element_size() for s in state.values() for t in s.values() if torch.is_tensor(t)
@@ -115,22 +102,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "python_sources.pt")
     parser.add_argument(
-        "--one", nargs=2, metavar=("VARIANT", "SEED"), help="run this one in this process and print its JSON"
+        "--one", nargs=2, metavar=("VARIANT", "SEED"), help="run this one in this process and write only its figures"
     )
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(train(options.one[0], int(options.one[1]), options.cache, options)))
+        options.json.write_text(json.dumps(train(options.one[0], int(options.one[1]), options.cache, options)))
         return
     source_tokens(options.cache, options.steps * options.batch * options.length // 1_000_000 + 1)
     rows = []
     for variant, seed in RUNS:
         passed = [f"--{name}={getattr(options, name)}" for name in ("steps", "batch", "length", "cache")]
-        command = [sys.executable, __file__, "--one", variant, str(seed), *passed]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"the run {variant} with seed {seed} failed")
-        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        row = rows[-1]
+        row = fresh_process(__file__, "--one", variant, str(seed), *passed)
+        if "error" in row:
+            raise SystemExit(f"the run {variant} with seed {seed} failed: {row['error']}")
+        rows.append(row)
         print(
             f"{variant:6s} seed {seed}: {row['tokens_per_second']:7.0f} tokens/s, peak {row['peak_gib']:5.1f} GiB, "
             f"{row['state_bytes_per_parameter']:.2f} bytes of state a parameter, held-out loss {row['loss']:.4f}",

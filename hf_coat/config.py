@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coat_kernels.adamw import MAX_GROUP_SIZE
-from coat_kernels.formats import Fp8Format, Granularity
+from coat_kernels.formats import Fp8Format, Granularity, ScaleFormat
 from packaging.version import Version
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,6 +22,21 @@ from . import __version__
 
 CONFIG_NAME = "coat_config.json"
 LINEAR_GRANULARITIES = (Granularity.TENSOR, Granularity.TOKEN)
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+class Keep(str, enum.Enum):
+    """Activation policies: what a norm, an MLP or an attention keeps for its backward.
+
+    ``lean``: FP8 groups of a norm's input, of an MLP's gate and up, of an attention's q, k, v and output; everything
+    else comes back from those by element-wise arithmetic. ``paper``: as COAT's paper, FP8 groups of what norms and
+    activations read, beside the FP8 inputs of all linears; attentions keep what they always do. ``bf16``: nothing of
+    this kind, only the linears' inputs are in FP8.
+    """
+
+    LEAN = "lean"
+    PAPER = "paper"
+    BF16 = "bf16"
 
 
 def _settings(cls: type) -> type:
@@ -98,7 +113,17 @@ class CoatConfig(QuantizationConfigMixin):
         power_of_two: Whether scales are powers of two. Scales per token must be: then codes move from one scale to
             another without a second rounding, which the weight gradient needs.
         grad_format: FP8 format of output gradients, ``"e4m3"`` or ``"e5m2"``. Activations and weights are E4M3.
-        modules_to_not_convert: Linears to leave alone: parts of their dotted names, or patterns with ``*``.
+        modules_to_not_convert: Modules to leave alone: parts of their dotted names, or patterns with ``*``.
+        activations: What is kept for the backward, see :class:`Keep`: one policy, or a dict from ``"norm"``,
+            ``"mlp"``, ``"attention"`` or a pattern as in ``modules_to_not_convert`` to one; the last entry that
+            matches a module holds, and where none does ``"lean"``. ``{"attention": "bf16"}`` is lean without FP8 in
+            the attention.
+        group_size: Consecutive values of a token that share a scale in what is kept: 16, 32, 64, 128 or 256.
+        scale_format: How those scales are kept: ``"e8m0"`` (a byte, a power of two), ``"bfloat16"``, ``"float32"``.
+        cache_weights: Whether the codes of weights are kept over the microbatches of an optimizer step, while
+            gradients accumulate: a byte per value, and one quantization per step.
+        fuse_loss: Whether a language model's head and loss run as one, in chunks, without ever holding the logits,
+            where a library that does it is installed.
 
     Raises:
         TypeError: For an unknown key or a value of the wrong type.
@@ -110,11 +135,24 @@ class CoatConfig(QuantizationConfigMixin):
     power_of_two: bool = True
     grad_format: Fp8Format = Fp8Format.E4M3
     modules_to_not_convert: list[str] | None = None
+    activations: str | dict[str, str] = "lean"
+    group_size: int = 128
+    scale_format: ScaleFormat = ScaleFormat.E8M0
+    cache_weights: bool = True
+    fuse_loss: bool = True
 
     def __post_init__(self):
         _set_choice(self, "granularity", Granularity, LINEAR_GRANULARITIES)
         _check_boolean(self, "power_of_two")
         _set_choice(self, "grad_format", Fp8Format, tuple(Fp8Format))
+        _set_choice(self, "scale_format", ScaleFormat, tuple(ScaleFormat))
+        _check_boolean(self, "cache_weights")
+        _check_boolean(self, "fuse_loss")
+        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+            raise ValueError(
+                f"CoatConfig.group_size is {self.group_size!r}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
+            )
+        self._check_activations()
         if self.granularity is Granularity.TOKEN and not self.power_of_two:
             raise ValueError(
                 "CoatConfig.power_of_two is False and CoatConfig.granularity is 'token', whose scales must be powers "
@@ -125,6 +163,24 @@ class CoatConfig(QuantizationConfigMixin):
             if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"CoatConfig.modules_to_not_convert is {names!r}; it must be None or a list of str")
             self.modules_to_not_convert = list(names)
+
+    def _check_activations(self) -> None:
+        policies = ", ".join(repr(keep.value) for keep in Keep)
+        if isinstance(self.activations, str):  # which the members of Keep are too
+            entries = {"": self.activations}
+        elif isinstance(self.activations, dict) and all(isinstance(key, str) for key in self.activations):
+            entries = self.activations
+        else:
+            raise TypeError(
+                f"CoatConfig.activations is {self.activations!r}; it must be one of {policies}, or a dict from "
+                "'norm', 'mlp', 'attention' or a pattern of module names to one of them"
+            )
+        for key, value in entries.items():
+            if value not in [keep.value for keep in Keep]:
+                where = f" for {key!r}" if key else ""
+                raise ValueError(f"CoatConfig.activations{where} is {value!r}; it must be one of {policies}")
+        entries = {key: Keep(value).value for key, value in entries.items()}
+        self.activations = entries if isinstance(self.activations, dict) else entries[""]
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set those of the keys that are ours and return the others, as transformers does; the result is checked."""
@@ -278,7 +334,15 @@ class HfCoatConfig:
 PRESETS = {
     "lean": HfCoatConfig(),
     "paper": HfCoatConfig(
-        model=CoatConfig(granularity=Granularity.TENSOR, power_of_two=False, grad_format=Fp8Format.E5M2),
+        model=CoatConfig(
+            granularity=Granularity.TENSOR,
+            power_of_two=False,
+            grad_format=Fp8Format.E5M2,
+            activations="paper",
+            group_size=16,
+            scale_format=ScaleFormat.BFLOAT16,
+            fuse_loss=False,
+        ),
         optimizer=CoatOptimizerConfig(group_size=128, expand=True),
     ),
 }

@@ -1,15 +1,32 @@
 """Put COAT into a live model and take it out again: one walker, one report."""
 
 import fnmatch
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import torch
+from coat_kernels import Granularity
 from torch import nn
 
-from .config import CoatConfig
-from .families import why_kept
-from .modules import CoatLinear
+from .config import CoatConfig, Keep
+from .families import attention_state, mlp_state, norm_state, together, why_kept
+from .functional import WeightCache
+from .modules import (
+    AttentionState,
+    CoatAttention,
+    CoatHead,
+    CoatLinear,
+    CoatMLP,
+    CoatNorm,
+    Converted,
+    Merged,
+    MLPState,
+    NormState,
+    convert,
+    fuse_loss,
+    unfuse_loss,
+)
 from .report import conversion_table
 
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0), Blackwell (10, 0) and (12, 0)
@@ -21,10 +38,10 @@ class ConversionReport:
 
     Attributes:
         converted: Module name -> what it is now.
-        kept: Name of a linear that stays in the model's own precision -> why.
+        kept: Name of a linear, norm, MLP or attention that stays as it was -> why.
         uncovered: Class of the other modules that hold parameters -> how many modules and parameters COAT does not
             touch.
-        unmatched: Entries of ``modules_to_not_convert`` that name no linear of this model.
+        unmatched: Entries of ``modules_to_not_convert`` and ``activations`` that name nothing of this model.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
@@ -36,15 +53,17 @@ class ConversionReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """Two or three lines: how many linears were converted, what was kept and why, what is not covered."""
-        lines = [f"{len(self.converted)} linears converted, {len(self.kept)} kept"]
+        """Two or three lines: how many modules were converted, what was kept and why, what is not covered."""
+        kinds = Counter(re.split("[,:]", what)[0] for what in self.converted.values())
+        converted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines = [f"{converted or 'nothing'} converted, {len(self.kept)} modules kept"]
         if self.kept:
             reasons = Counter(self.kept.values())
             lines.append("kept: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()))
         if self.uncovered:
             lines.append("not covered: " + ", ".join(f"{kind} ({what})" for kind, what in self.uncovered.items()))
         if self.unmatched:
-            lines.append(f"modules_to_not_convert names nothing in this model: {', '.join(self.unmatched)}")
+            lines.append(f"the configuration names what this model has not: {', '.join(self.unmatched)}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -86,26 +105,148 @@ def check_devices(model: nn.Module) -> None:
 
 
 def _uncovered(model: nn.Module) -> dict[str, str]:
-    """Modules with parameters of their own that are no linears, by class."""
+    """Modules with parameters of their own that are no linears and not converted, by class."""
     modules, parameters = Counter(), Counter()
     for module in model.modules():
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        if own and not isinstance(module, nn.Linear):
+        if own and not isinstance(module, (nn.Linear, Converted)):
             modules[type(module).__name__] += 1
             parameters[type(module).__name__] += own
     return {kind: f"{count} modules, {parameters[kind]:,} parameters" for kind, count in modules.items()}
 
 
+class _Walk:
+    """One conversion: the model, what is asked for, and the report that is being written."""
+
+    def __init__(self, model: nn.Module, config: CoatConfig):
+        self.model, self.config, self.report = model, config, ConversionReport()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.excluding = {pattern: False for pattern in config.modules_to_not_convert or ()}
+        entries = config.activations if isinstance(config.activations, dict) else {}
+        self.choosing = {pattern: pattern in KINDS for pattern in entries}
+
+    def excluded(self, name: str) -> str | None:
+        """Why ``modules_to_not_convert`` leaves this module alone, if it does."""
+        found = [pattern for pattern in self.excluding if _matches(name, pattern)]
+        self.excluding.update(dict.fromkeys(found, True))
+        return f"excluded by modules_to_not_convert={found[0]!r}" if found else None
+
+    def policy(self, kind: str, name: str) -> Keep:
+        """What ``activations`` says for a module."""
+        if isinstance(self.config.activations, str):
+            return Keep(self.config.activations)
+        found = [pattern for pattern in self.choosing if pattern == kind or _matches(name, pattern)]
+        self.choosing.update(dict.fromkeys(found, True))
+        return Keep(self.config.activations[found[-1]]) if found else Keep.LEAN
+
+    def linears(self) -> None:
+        reasons = why_kept(self.model)
+        for name, module in list(self.model.named_modules()):
+            if not isinstance(module, nn.Linear):
+                continue
+            if type(module) not in (nn.Linear, CoatLinear, CoatHead):
+                reason = f"a {type(module).__name__}, not a plain nn.Linear"
+            else:
+                reason = self.excluded(name) or reasons.get(name)
+            if reason is None:
+                CoatLinear.convert(module, self.config)
+                self.report.converted[name] = f"CoatLinear, a scale per {self.config.granularity.value}"
+            else:
+                if type(module) is CoatLinear:
+                    module.revert()
+                self.report.kept[name] = reason
+
+    def loss(self) -> None:
+        """The head of a language model, whose product stays as it was, and its loss."""
+        if not self.config.fuse_loss:
+            unfuse_loss(self.model)
+            return
+        for name, what in fuse_loss(self.model).items():
+            if what.startswith("loss not fused"):
+                self.report.kept[name] = f"{self.report.kept.get(name, 'head')}; {what}"
+            else:
+                self.report.kept.pop(name, None)
+                self.report.converted[name] = f"CoatHead, {what}"
+
+    def merge(self) -> None:
+        """Let q, k and v run as one linear. Only scales per token can stand beside each other in one product."""
+        if self.config.granularity is not Granularity.TOKEN:
+            return
+        for module in self.model.modules():
+            names = together(module) or ()
+            children = [getattr(child, "base_layer", child) for child in (getattr(module, n) for n in names)]
+            if names and all(type(child) is CoatLinear for child in children):
+                merged = Merged(children, WeightCache() if self.config.cache_weights else None)
+                for child in children:
+                    child.coat_merged = merged
+                    self.report.converted[self.names[child]] += f", as one of {', '.join(names)}"
+
+    def others(self) -> None:
+        """Norms, MLPs and attentions."""
+        for name, module in list(self.model.named_modules()):
+            for kind, (recognise, mixin, how) in KINDS.items():
+                state = recognise(module)
+                if state is None:
+                    continue
+                policy = self.policy(kind, name)
+                if isinstance(state, str):
+                    reason = state
+                elif "forward" in vars(module) and not isinstance(module, Converted):
+                    reason = "its forward was replaced (an offloading hook?)"
+                elif kind == "attention":
+                    reason = "activations='paper'" if policy is Keep.PAPER else None
+                else:
+                    reason = "activations='bf16'" if policy is Keep.BF16 else None
+                reason = self.excluded(name) or reason
+                if reason is None:
+                    state.keep = policy
+                    if isinstance(state, MLPState) and self.config.cache_weights:
+                        state.cache = WeightCache()
+                    convert(module, mixin, self.config, state)
+                    self.report.converted[name] = how(state, self.config)
+                else:
+                    if isinstance(module, Converted):
+                        module.revert()
+                    self.report.kept[name] = reason
+                break
+
+
+def _groups(config: CoatConfig) -> str:
+    return f"FP8 groups of {config.group_size}"
+
+
+def _norm_text(state: NormState, config: CoatConfig) -> str:
+    return f"CoatNorm, {state}: its input in {_groups(config)}"
+
+
+def _mlp_text(state: MLPState, config: CoatConfig) -> str:
+    what = "gate and up" if state.gated else "the activation's input"
+    return f"CoatMLP, {state}: {what} in {_groups(config)}"
+
+
+def _attention_text(state: AttentionState, config: CoatConfig) -> str:
+    what = f"in {_groups(config)}" if state.keep is Keep.LEAN else "as they are"
+    return f"CoatAttention: q, k, v and output {what}{', fused rotary embedding' if state.rotary else ''}"
+
+
+# Kind of module, as in CoatConfig.activations -> how it is recognised, what it becomes, what the report says.
+KINDS = {
+    "norm": (norm_state, CoatNorm, _norm_text),
+    "mlp": (mlp_state, CoatMLP, _mlp_text),
+    "attention": (attention_state, CoatAttention, _attention_text),
+}
+
+
 def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> ConversionReport:
-    """Convert a live model in place: its plain linears become :class:`~hf_coat.modules.CoatLinear`.
+    """Convert a live model in place: its linears multiply in FP8, its norms, MLPs and attentions keep FP8.
 
     Parameters, their names, ties and hooks stay. Doing it again changes nothing, or, with another config, how the
-    converted modules quantize. Heads, embeddings, routers and whatever is not recognised stay as they are, and the
+    converted modules compute. Heads, embeddings, routers and whatever is not recognised stay as they are, and the
     report says so.
 
     Args:
         model: Any module, also on the meta device; BF16 or FP32 parameters.
-        config: How to quantize; the "lean" preset's ``CoatConfig()`` by default.
+        config: How to quantize and what to keep; the "lean" preset's ``CoatConfig()`` by default.
 
     Returns:
         The report of what was converted, kept and not covered.
@@ -115,41 +256,28 @@ def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> Conversion
     """
     config = CoatConfig() if config is None else config
     check_devices(model)
-    report = ConversionReport(uncovered=_uncovered(model))
-    reasons = why_kept(model)
-    patterns = {pattern: False for pattern in config.modules_to_not_convert or ()}
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name, module in linears:
-        excluded = [pattern for pattern in patterns if _matches(name, pattern)]
-        patterns.update(dict.fromkeys(excluded, True))
-        if type(module) not in (nn.Linear, CoatLinear):
-            reason = f"a {type(module).__name__}, not a plain nn.Linear"
-        elif excluded:
-            reason = f"excluded by modules_to_not_convert={excluded[0]!r}"
-        else:
-            reason = reasons.get(name)
-        if reason is None:
-            CoatLinear.convert(module, config)
-            report.converted[name] = f"CoatLinear, a scale per {config.granularity.value}"
-        else:
-            if type(module) is CoatLinear:
-                module.revert()
-            report.kept[name] = reason
-    report.unmatched = [pattern for pattern, found in patterns.items() if not found]
-    if not report.converted:
-        raise ValueError(f"COAT found nothing to convert in {type(model).__name__}: {report.summary()}")
-    return report
+    walk = _Walk(model, config)
+    walk.linears()
+    walk.merge()
+    walk.others()
+    if not walk.report.converted:
+        raise ValueError(f"COAT found nothing to convert in {type(model).__name__}: {walk.report.summary()}")
+    walk.loss()
+    walk.report.uncovered = _uncovered(model)
+    walk.report.unmatched = [pattern for pattern, found in (walk.excluding | walk.choosing).items() if not found]
+    return walk.report
 
 
 def remove_coat(model: nn.Module) -> ConversionReport:
-    """Undo :func:`apply_coat` in place, exactly: the same parameters in plain ``nn.Linear`` modules.
+    """Undo :func:`apply_coat` in place, exactly: the same parameters in modules of the classes they had.
 
     Returns:
         A report whose ``converted`` names the modules that are plain again.
     """
-    report = ConversionReport(uncovered=_uncovered(model))
+    report = ConversionReport()
     for name, module in model.named_modules():
-        if isinstance(module, CoatLinear):
-            module.revert()
-            report.converted[name] = "nn.Linear"
+        if isinstance(module, (CoatLinear, Converted)):
+            report.converted[name] = type(module.revert()).__name__
+    report.converted |= unfuse_loss(model)
+    report.uncovered = _uncovered(model)
     return report

@@ -1,12 +1,23 @@
-"""How the parts of a model are recognised that COAT leaves alone: data and structure, no model code.
+"""How the parts of a model are recognised: data, structure and numbers; no model code.
 
 A linear is left alone when its precision costs little memory and much accuracy (heads, routers), when it is not a
 plain ``nn.Linear``, or when it is too narrow for FP8 tensor cores.
+
+A norm or an MLP is what its forward computes, not what it is called: names propose what it may be, and a probe runs
+the module's own forward on a few random numbers, with small random weights on the CPU, and compares. What no form
+explains is left alone.
 """
 
-from collections.abc import Iterator
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
 
+import torch
+from coat_kernels import ACTIVATIONS, activation, norm
 from torch import nn
+
+from .modules import AttentionState, Converted, MLPState, NormState, has_plain_rotary, is_attention
 
 ROUTERS = ("gate", "router")  # last part of the name of a mixture-of-experts router; "router" also inside it
 NARROWEST = 16  # FP8 tensor cores read 16 values at a time; narrower linears would be mostly padding
@@ -29,6 +40,12 @@ def head_prefixes(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield start, f"{start}{backbone}."
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head of a language model, if this is one."""
+    find = getattr(type(model), "get_output_embeddings", None)  # not what a wrapper passes on
+    return None if find is None else find(model)
+
+
 def adapter_prefixes(model: nn.Module) -> list[str]:
     """Qualified name prefixes of adapter weights. PEFT's tuner layers list them in ``adapter_layer_names``."""
     return [
@@ -42,13 +59,16 @@ def why_kept(model: nn.Module) -> dict[str, str]:
     """For each linear that must stay as it is, by qualified name: the reason."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads, adapters = list(head_prefixes(model)), adapter_prefixes(model)
+    outputs = {id(head) for head in map(output_embeddings, model.modules()) if head is not None}
     reasons = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if any(name.startswith(prefix) for prefix in adapters):
             reasons[name] = "adapter weights of PEFT"
-        elif any(name.startswith(whole) and not name.startswith(backbone) for whole, backbone in heads):
+        elif id(module) in outputs or any(
+            name.startswith(whole) and not name.startswith(backbone) for whole, backbone in heads
+        ):
             reasons[name] = "head"
         elif id(module.weight) in embeddings:
             reasons[name] = "shares its weight with an embedding"
@@ -59,3 +79,217 @@ def why_kept(model: nn.Module) -> dict[str, str]:
         elif "forward" in vars(module) and type(module) is nn.Linear:  # a converted one's hooks hold its own forward
             reasons[name] = "its forward was replaced (an offloading hook?)"
     return reasons
+
+
+# Linears that read one input, by name; where the parent is an attention that has no second input.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
+OTHER_INPUTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "encoder_outputs")
+
+# Names of an MLP's linears: those that read its input, and the last one (None where it is another module's).
+MLPS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("wi_0", "wi_1"), "wo"),
+    (("gate_up_proj",), "down_proj"),
+    (("Wi",), "Wo"),
+    (("fc1",), "fc2"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("c_fc",), "c_proj"),
+    (("up_proj",), "down_proj"),
+    (("wi",), "wo"),
+    (("fc_in",), "fc_out"),
+    (("lin1",), "lin2"),
+    (("linear_fc1",), "linear_fc2"),
+    (("dense",), None),
+)
+EPSILONS = ("variance_epsilon", "eps", "norm_eps", "epsilon")
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class as the model has it."""
+    return module.coat_original if isinstance(module, Converted) else type(module)
+
+
+def together(module: nn.Module) -> tuple[str, ...] | None:
+    """Names of the children of an attention that read one input and can run as one linear."""
+    if not is_attention(own_class(module).forward):
+        return None
+    if any(name in inspect.signature(own_class(module).forward).parameters for name in OTHER_INPUTS):
+        return None
+    children = dict(module.named_children())
+    return next((names for names in TOGETHER if all(name in children for name in names)), None)
+
+
+def attention_state(module: nn.Module) -> AttentionState | str | None:
+    """How an attention module can be converted; why it is not; or None for any other module."""
+    forward = own_class(module).forward
+    if not is_attention(forward):
+        return None
+    if "position_bias" in (*forward.__code__.co_names, *forward.__code__.co_varnames):
+        return "an attention with a bias on its scores"
+    return AttentionState(rotary=_plain_rotary(forward))
+
+
+def norm_state(module: nn.Module) -> NormState | str | None:
+    """Which norm a module computes; why it cannot be told; or None where it does not look like a norm at all."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if "norm" not in own_class(module).__name__.lower() or any(module.children()) or any(module.buffers()):
+        return None
+    if not set(parameters) <= {"weight", "bias"} or any(p.dim() != 1 for p in parameters.values()):
+        return None
+    eps = next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
+    if eps is None:
+        return "a norm without an epsilon"
+    weight = parameters.get("weight")
+    width = 64 if weight is None else weight.shape[0]
+    if weight is None and isinstance(module, nn.LayerNorm):
+        width = module.normalized_shape[-1]
+    dtype = torch.float32 if weight is None else weight.dtype
+    key = (own_class(module), width, dtype, eps, getattr(module, eps), "weight" in parameters, "bias" in parameters)
+    if key not in _NORMS:
+        _NORMS[key] = _probe_norm(module, width, dtype, eps, parameters)
+    form = _NORMS[key]
+    return "a norm of another form" if form is None else NormState(*form, eps=eps)
+
+
+_NORMS: dict[tuple, tuple | None] = {}
+
+
+def _on_cpu(probe: Callable) -> Callable:
+    """Run a probe with tensors on the CPU, whatever the default device is while a model is being loaded."""
+
+    @functools.wraps(probe)
+    def run(*args):
+        with torch.device("cpu"):
+            return probe(*args)
+
+    return run
+
+
+def _stand_in(module: nn.Module, **held) -> Callable:
+    """The forward of the module's own class on a copy of it that holds other parameters or children."""
+    cls = own_class(module)
+    twin = cls.__new__(cls)
+    vars(twin).update(vars(module))
+    vars(twin).update(held)
+    return functools.partial(cls.forward, twin)
+
+
+_plain_rotary = functools.cache(_on_cpu(has_plain_rotary))
+
+
+@_on_cpu
+def _probe_norm(module, width, dtype, eps_name, parameters) -> tuple | None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype)
+
+    eps = getattr(module, eps_name)
+    held = {name: random(width) for name in parameters}
+    run = _stand_in(
+        module, _parameters={"weight": None, "bias": None} | held if isinstance(module, nn.LayerNorm) else held
+    )
+    gated = [p.name for p in inspect.signature(own_class(module).forward).parameters.values()][2:3] in (
+        ["gate"],
+        ["z"],
+    )
+    values = random(4, width, dtype=torch.float32)
+    # Ordinary tokens, and some so small that the epsilon decides.
+    kinds = [torch.bfloat16] if dtype == torch.bfloat16 else [torch.bfloat16, torch.float32]
+    xs = [scale * values.to(kind) for kind in kinds for scale in (1.0, eps**0.5)]
+    gates = [random(4, width, dtype=x.dtype) for x in xs] if gated else [None] * len(xs)
+    best, fewest = None, 1
+    for center, offset, round_first, promote, gate in itertools.product(
+        (False, True), (0.0, 1.0), (True, False), (True, False), ("after", "before") if gated else (None,)
+    ):
+        mismatches = 0
+        for x, z in zip(xs, gates, strict=True):
+            weight, bias = held.get("weight"), held.get("bias")
+            out = torch.promote_types(x.dtype, weight.dtype) if promote and weight is not None else x.dtype
+            inner = activation(z, x, act="silu").h if gate == "before" else x
+            ours = norm(
+                inner, weight, bias, eps=eps, center=center, offset=offset, round_first=round_first, out_dtype=out
+            ).y
+            ours = activation(z, ours, act="silu").h if gate == "after" else ours
+            try:
+                with torch.no_grad():
+                    theirs = run(x) if z is None else run(x, z)
+            except (TypeError, ValueError, RuntimeError, AttributeError):
+                return None
+            # A step of BF16 is 2**-7 of a value at most; FP32 sums differ in their order, and may cancel.
+            step = 2.0**-7 if torch.bfloat16 in (x.dtype, dtype) else 1e-5
+            same = isinstance(theirs, torch.Tensor) and theirs.dtype == ours.dtype and theirs.shape == ours.shape
+            if not same or not torch.allclose(
+                theirs.float(), ours.float(), rtol=step, atol=step * ours.abs().max().item()
+            ):
+                mismatches = None
+                break
+            mismatches += (theirs != ours).float().mean().item() / len(xs)
+        if mismatches is not None and mismatches < fewest:
+            best, fewest = (center, offset, round_first, promote, gate), mismatches
+    return best
+
+
+def mlp_state(module: nn.Module) -> MLPState | str | None:
+    """Which MLP a module computes; why it cannot be told; or None where its children are none of an MLP's."""
+    children = dict(module.named_children())
+    linears = {name for name, child in children.items() if isinstance(getattr(child, "base_layer", child), nn.Linear)}
+    for firsts, last in MLPS:
+        names = {*firsts, last} - {None}
+        if names == linears and not any(True for n, c in children.items() if n not in names for _ in c.parameters()):
+            break
+    else:
+        return None
+    if any(isinstance(child, nn.Dropout) and child.p > 0 for child in children.values()):
+        return "an MLP with dropout inside"
+    wide = [getattr(children[name], "base_layer", children[name]) for name in (firsts[0], last) if name is not None]
+    if len(firsts) == 2:
+        gated = True
+    elif last is None:
+        gated = False
+    else:
+        gated = wide[0].out_features == 2 * wide[1].in_features
+        if not gated and wide[0].out_features != wide[1].in_features:
+            return "an MLP of another form"
+    act = _probe_mlp(module, firsts, last, gated)
+    return "an MLP of another form" if act is None else MLPState(firsts, last, act, gated)
+
+
+@_on_cpu
+def _probe_mlp(module, firsts, last, gated) -> str | None:
+    """The activation with which the module's own forward is the MLP that its children's names promise."""
+    generator = torch.Generator().manual_seed(0)
+    plain = {"generator": generator, "dtype": torch.float32}  # whatever is the default while loading
+    hidden, inner = 6, 10
+
+    def linear(n_in, n_out):
+        made = nn.Linear(n_in, n_out, dtype=torch.float32)
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, **plain))
+        return made
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        made = {name: linear(hidden, inner * (2 if gated and len(firsts) == 1 else 1)) for name in firsts}
+        if last is not None:
+            made[last] = linear(inner, hidden)
+        x = torch.randn(5, hidden, **plain)
+        parts = [made[name](x) for name in firsts]
+        if gated and len(parts) == 1:
+            parts = parts[0].chunk(2, dim=-1)
+        results = []
+        for training in (True, False):
+            run = _stand_in(module, _modules={**module._modules, **made}, training=training)
+            try:
+                results.append(run(x))
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+                return None
+        for act in ACTIVATIONS:
+            h = activation(parts[0], parts[1] if gated else None, act=act).h
+            ours = h if last is None else made[last](h)
+            if all(
+                isinstance(y, torch.Tensor) and y.shape == ours.shape and torch.allclose(y, ours, atol=1e-5)
+                for y in results
+            ):
+                return act
+    return None

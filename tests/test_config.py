@@ -23,7 +23,10 @@ ODD = HfCoatConfig(
 def test_presets():
     lean, paper = HfCoatConfig.resolve("lean"), HfCoatConfig.resolve("paper")
     assert lean == HfCoatConfig() and lean.model.granularity is Granularity.TOKEN and lean.model.power_of_two
-    assert paper.model == CoatConfig(granularity="tensor", power_of_two=False, grad_format="e5m2")
+    assert paper.model == CoatConfig(
+        granularity="tensor", power_of_two=False, grad_format="e5m2", activations="paper", group_size=16,
+        scale_format="bfloat16", fuse_loss=False,
+    )  # fmt: skip
     assert paper.optimizer == lean.optimizer == CoatOptimizerConfig(group_size=128, expand=True)
     lean.model.modules_to_not_convert = ["q_proj"]
     assert PRESETS["lean"] == HfCoatConfig(), "a preset that was handed out is the user's own"
@@ -49,7 +52,23 @@ def test_repr_shows_what_is_not_default():
 @pytest.mark.parametrize(
     ("make", "error", "parts"),
     [
-        (lambda: CoatConfig(group_size=16), TypeError, ["group_size=16", "granularity", "modules_to_not_convert"]),
+        (lambda: CoatConfig(group=16), TypeError, ["group=16", "granularity", "modules_to_not_convert"]),
+        (lambda: CoatConfig(group_size=100), ValueError, ["group_size", "100", "16, 32, 64, 128, 256"]),
+        (lambda: CoatConfig(group_size="128"), ValueError, ["group_size", "'128'", "16, 32, 64, 128, 256"]),
+        (
+            lambda: CoatConfig(scale_format="fp8"),
+            ValueError,
+            ["scale_format", "'fp8'", "'float32', 'bfloat16', 'e8m0'"],
+        ),
+        (lambda: CoatConfig(cache_weights=1), TypeError, ["cache_weights", "1", "True or False"]),
+        (lambda: CoatConfig(fuse_loss="no"), TypeError, ["fuse_loss", "'no'", "True or False"]),
+        (lambda: CoatConfig(activations="off"), ValueError, ["activations", "'off'", "'lean', 'paper', 'bf16'"]),
+        (
+            lambda: CoatConfig(activations={"mlp": "x"}),
+            ValueError,
+            ["activations for 'mlp'", "'x'", "'lean', 'paper'"],
+        ),
+        (lambda: CoatConfig(activations=["lean"]), TypeError, ["activations", "['lean']", "'attention'"]),
         (lambda: CoatConfig(granularity="row"), ValueError, ["granularity", "'row'", "'tensor', 'token'"]),
         (lambda: CoatConfig(granularity="group"), ValueError, ["granularity", "'group'", "'tensor', 'token'"]),
         (lambda: CoatConfig(granularity=["token"]), ValueError, ["granularity", "['token']", "'tensor', 'token'"]),

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import hf_coat
 from hf_coat import CoatConfig
-from hf_coat.modules import CoatLinear
+from hf_coat.modules import CoatLinear, Converted
 
 TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=128, num_attention_heads=4)
 
@@ -17,6 +17,10 @@ TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_siz
 def llama(**changes):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**TINY, "num_key_value_heads": 2, **changes}))
+
+
+def count(report, kind="CoatLinear"):
+    return sum(what.startswith(kind) for what in report.converted.values())
 
 
 def loss_and_grads(model):
@@ -30,12 +34,17 @@ def loss_and_grads(model):
 def test_llama_report():
     model = llama()
     report = hf_coat.apply_coat(model)
-    assert len(report.converted) == 2 * 7
-    assert report.kept == {"lm_head": "head"}
-    assert report.uncovered.keys() == {"Embedding", "LlamaRMSNorm"}
-    assert report.summary().startswith("14 linears converted, 1 kept")
-    assert "model.layers.*.mlp.up_proj" in str(report) and "LlamaRMSNorm" in str(report)
-    assert report.to_dict()["kept"] == report.kept
+    assert [count(report, kind) for kind in ("CoatLinear", "CoatNorm", "CoatMLP", "CoatAttention")] == [14, 5, 2, 2]
+    assert report.converted["lm_head"].startswith("CoatHead, fused linear cross-entropy")
+    assert len(report.converted) == 14 + 5 + 2 + 2 + 1
+    assert report.converted["model.layers.0.self_attn.k_proj"].endswith("as one of q_proj, k_proj, v_proj")
+    assert report.kept == {}
+    unfused = hf_coat.apply_coat(llama(), CoatConfig(fuse_loss=False))
+    assert unfused.kept == {"lm_head": "head"}
+    assert report.uncovered.keys() == {"Embedding"}
+    assert "14 CoatLinear" in report.summary() and "5 CoatNorm" in report.summary() and "1 x head" in unfused.summary()
+    assert "model.layers.*.mlp.up_proj" in str(report) and "Embedding" in str(report)
+    assert unfused.to_dict()["kept"] == unfused.kept
 
 
 def test_parameters_stay_the_same_objects_and_undoing_is_exact():
@@ -47,7 +56,7 @@ def test_parameters_stay_the_same_objects_and_undoing_is_exact():
     assert converted[0] != expected[0] and abs(converted[0] - expected[0]) < 0.02 * expected[0]
     assert all(model.get_parameter(name) is p and p.data_ptr() == ptr for name, (p, ptr) in before.items())
     report = hf_coat.remove_coat(model)
-    assert len(report.converted) == 14 and not any(isinstance(m, CoatLinear) for m in model.modules())
+    assert len(report.converted) == 24 and not any(isinstance(m, (CoatLinear, Converted)) for m in model.modules())
     again = loss_and_grads(model)
     assert again[0] == expected[0] and all(torch.equal(again[1][n], g) for n, g in expected[1].items())
 
@@ -59,29 +68,29 @@ def test_applying_again_changes_nothing_and_another_config_takes_over():
     per_tensor = CoatConfig(granularity="tensor", modules_to_not_convert=["k_proj"])
     report = hf_coat.apply_coat(model, per_tensor)
     assert model.model.layers[0].self_attn.q_proj.coat is per_tensor
-    assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear and len(report.converted) == 12
+    assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear and count(report) == 12
 
 
 @pytest.mark.parametrize(
     ("pattern", "kept"),
     [
-        ("model.layers.0", 7),
+        ("model.layers.0", 7 + 4),
         ("q_proj", 2),
-        ("layers.1.mlp", 3),
+        ("layers.1.mlp", 3 + 1),
         ("*.layers.0.*_proj", 7),
-        ("self_attn.q_proj", 2),
+        ("input_layernorm", 2),
     ],
 )
 def test_modules_to_not_convert(pattern, kept):
     report = hf_coat.apply_coat(llama(), CoatConfig(modules_to_not_convert=[pattern, "vision_tower"]))
-    assert len(report.converted) == 14 - kept
+    assert len(report.converted) == 24 - kept
     assert sum(pattern in reason for reason in report.kept.values()) == kept
     assert report.unmatched == ["vision_tower"] and "vision_tower" in report.summary()
 
 
 def test_tied_head_classifier_and_router_are_kept():
     tied = hf_coat.apply_coat(llama(tie_word_embeddings=True))
-    assert "lm_head" in tied.kept
+    assert tied.converted["lm_head"].startswith("CoatHead")
     classifier = AutoModelForSequenceClassification.from_config(LlamaConfig(**TINY, num_labels=32))
     assert hf_coat.apply_coat(classifier).kept["score"] == "head"
 
@@ -102,7 +111,7 @@ def test_tied_head_classifier_and_router_are_kept():
     }
     mixtral = MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=2)
     experts = hf_coat.apply_coat(AutoModelForCausalLM.from_config(mixtral))
-    assert len(experts.converted) == 8 and "MixtralExperts" in experts.uncovered
+    assert count(experts) == 8 and "MixtralExperts" in experts.uncovered
 
 
 def test_subclasses_and_replaced_forwards_are_kept():
@@ -124,8 +133,8 @@ def test_adapters_of_peft_are_kept():
     config = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(llama(), config)
     report = hf_coat.apply_coat(model)
-    assert len(report.converted) == 14
-    assert set(report.kept.values()) == {"adapter weights of PEFT", "head"}
+    assert count(report) == 14
+    assert set(report.kept.values()) == {"adapter weights of PEFT"}
     loss, grads = loss_and_grads(model)
     assert grads and all("lora" in name for name in grads)
 
@@ -139,7 +148,7 @@ def test_hooks_deepcopy_and_meta_device():
     assert loss_and_grads(twin)[0] == loss_and_grads(model)[0] and len(seen) == 2
     with torch.device("meta"):
         empty = llama()
-    assert len(hf_coat.apply_coat(empty).converted) == 14
+    assert count(hf_coat.apply_coat(empty)) == 14
 
 
 def test_saved_weights_are_plain(tmp_path):

@@ -1,7 +1,26 @@
 """FP8 kernels of COAT (arXiv 2410.19313): tensors in, tensors out. Needs torch, and Triton on a GPU; nothing else."""
 
-from .formats import Fp8Format, Granularity
+from .activation import ACTIVATIONS, activation, activation_backward, activation_transposed
+from .formats import Fp8Format, Granularity, ScaleFormat
+from .norm import norm, norm_backward, norm_transposed
 from .quantize import dequantize, quantize, transpose
+from .rotary import rotary
 from .scaled_mm import scaled_mm
 
-__all__ = ["Fp8Format", "Granularity", "dequantize", "quantize", "scaled_mm", "transpose"]
+__all__ = [
+    "ACTIVATIONS",
+    "Fp8Format",
+    "Granularity",
+    "ScaleFormat",
+    "activation",
+    "activation_backward",
+    "activation_transposed",
+    "dequantize",
+    "norm",
+    "norm_backward",
+    "norm_transposed",
+    "quantize",
+    "rotary",
+    "scaled_mm",
+    "transpose",
+]

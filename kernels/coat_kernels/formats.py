@@ -42,6 +42,20 @@ class Granularity(str, enum.Enum):
     GROUP = "group"
 
 
+class ScaleFormat(str, enum.Enum):
+    """How the scales of a group are stored: ``float32``, ``bfloat16``, or ``e8m0``, one byte for a power of two."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    E8M0 = "e8m0"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored scales; E8M0 (OCP MX 1.0, 2**(byte - 127), 255 is NaN) is held as uint8."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "e8m0": torch.uint8}[self.value]
+
+
+SCALE_DTYPES = tuple(format.dtype for format in ScaleFormat)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # the exponent of the largest number, 1.75 * 2**emax
 SMALLEST_NORMAL = 2.0**-126
@@ -62,6 +76,24 @@ def scale_from_amax(amax: torch.Tensor, dtype: torch.dtype, power_of_two: bool) 
     else:
         scale = (amax * (1.0 / largest(dtype))).clamp(min=SMALLEST_NORMAL)
     return torch.where(amax.isfinite(), scale, float("nan"))
+
+
+def pack_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 scales as they are stored (``ScaleFormat.dtype``): rounded up, so that no code leaves its range."""
+    bits = scale.contiguous().view(torch.int32)
+    if dtype == torch.uint8:  # E8M0, of powers of two
+        return (bits >> 23).to(torch.uint8)  # NaN has the exponent field 255 already
+    if dtype == torch.bfloat16:
+        return torch.where(scale.isfinite(), ((bits + 0xFFFF) & -65536).view(torch.float32), scale).to(dtype)
+    return scale
+
+
+def unpack_scale(stored: torch.Tensor) -> torch.Tensor:
+    """Stored scales as float32."""
+    if stored.dtype == torch.uint8:
+        scale = (stored.int() << 23).view(torch.float32)
+        return torch.where(stored == 255, float("nan"), scale)
+    return stored.float()
 
 
 def encode(x: torch.Tensor, inverse_scale: torch.Tensor | float, dtype: torch.dtype) -> torch.Tensor:

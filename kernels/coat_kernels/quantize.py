@@ -1,20 +1,36 @@
 """FP8 quantization: codes with one scale per tensor, per token or per group, as they stand, transposed, or both.
 
-    x [T, H]  ->  x_q [T, H] codes,  x_qt [H, round_up(T, 16)] the same codes transposed,  x_s float32 scales
+    x [T, H]  ->  x_q [T, H] codes,  x_qt [H, round_up(T, 16)] the same codes transposed,  x_s scales
 
-Scales are [1, 1] per tensor, [T, 1] per token and [T, ceil(H / G)] per group. The transposed codes end in zeros up to
-a multiple of 16 tokens, because the matrix product that uses them (the weight gradient) reduces over T and tensor
-cores read 16 bytes at a time.
+Scales are float32: [1, 1] per tensor, [T, 1] per token and [T, ceil(H / G)] per group; those of groups can be stored
+in BF16 or as E8M0 bytes too (formats.ScaleFormat). The transposed codes end in zeros up to a multiple of 16 tokens,
+because the matrix product that uses them (the weight gradient) reduces over T and tensor cores read 16 bytes at a
+time.
+
+Several tensors can be quantized as one, as if they had been concatenated: the weights of q, k and v along their rows,
+the gradients of q, k and v along their columns.
 
 COAT quantizes the operands of matrix products per tensor and the inputs of non-linear layers per 1 x 16 group
 (arXiv 2410.19313, section 4); a scale per token is as cheap for the matrix product and needs no second pass over
 ``x``.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ._registry import register
-from .formats import FP8_DTYPES, SMALLEST_NORMAL, Granularity, encode, round_up, scale_from_amax
+from .formats import (
+    FP8_DTYPES,
+    SCALE_DTYPES,
+    SMALLEST_NORMAL,
+    Granularity,
+    encode,
+    pack_scale,
+    round_up,
+    scale_from_amax,
+    unpack_scale,
+)
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -41,9 +57,18 @@ def _transposed(codes: torch.Tensor) -> torch.Tensor:
     return out.view(codes.dtype)
 
 
-def _check_quantize(x, dtype, granularity, group_size, scale):
-    if x.dtype not in SOURCE_DTYPES:
-        raise TypeError(f"quantize: x is {x.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
+def joint_shape(parts: Sequence[torch.Tensor], dim: int) -> tuple[int, int]:
+    """The shape of matrices concatenated along ``dim``."""
+    tokens, width = parts[0].shape
+    for part in parts[1:]:
+        tokens, width = (tokens + part.shape[0], width) if dim == 0 else (tokens, width + part.shape[1])
+    return tokens, width
+
+
+def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim):
+    first = parts[0]
+    if first.dtype not in SOURCE_DTYPES:
+        raise TypeError(f"quantize: x is {first.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
     if dtype not in FP8_DTYPES:
         raise TypeError(f"quantize: dtype is {dtype}, expected torch.float8_e4m3fn or torch.float8_e5m2")
     if granularity not in ("tensor", "token", "group"):
@@ -53,18 +78,38 @@ def _check_quantize(x, dtype, granularity, group_size, scale):
             f"quantize: group_size is {group_size} with granularity {granularity!r}; expected a power of two with "
             "'group', 0 otherwise"
         )
-    if scale is not None:
-        expected = scale_shape(*x.shape, granularity, group_size)
-        if scale.dtype != torch.float32 or tuple(scale.shape) != expected:
+    if dim not in (0, 1):
+        raise ValueError(f"quantize: dim is {dim}, expected 0 (rows) or 1 (columns)")
+    for part in parts[1:]:
+        if part.dtype != first.dtype or part.device != first.device or part.shape[1 - dim] != first.shape[1 - dim]:
             raise ValueError(
-                f"quantize: scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 {list(expected)} for "
-                f"granularity {granularity!r} and x {list(x.shape)}"
+                f"quantize: {part.dtype} {list(part.shape)} on {part.device} cannot be joined along dim {dim} with "
+                f"{first.dtype} {list(first.shape)} on {first.device}; dtype, device and the other size must be equal"
+            )
+    if scale_dtype != torch.float32:
+        if scale_dtype not in SCALE_DTYPES:
+            raise TypeError(
+                f"quantize: scale_dtype is {scale_dtype}, expected one of {', '.join(map(str, SCALE_DTYPES))}"
+            )
+        if granularity != Granularity.GROUP:
+            raise ValueError(f"quantize: scale_dtype is {scale_dtype}, expected torch.float32 for {granularity!r}")
+        if scale_dtype == torch.uint8 and not power_of_two:
+            raise ValueError("quantize: power_of_two is False, but E8M0 scales (torch.uint8) are powers of two")
+    if scale is not None:
+        shape = joint_shape(parts, dim)
+        expected = scale_shape(*shape, granularity, group_size)
+        if scale.dtype != scale_dtype or tuple(scale.shape) != expected:
+            raise ValueError(
+                f"quantize: scale is {scale.dtype} {list(scale.shape)}, expected {scale_dtype} {list(expected)} for "
+                f"granularity {granularity!r} and x {list(shape)}"
             )
 
 
-def quantize_ref(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed):
+def quantize_ref(
+    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype=torch.float32, dim=0
+):
+    x = (x if isinstance(x, torch.Tensor) else torch.cat(list(x), dim)).float()
     tokens, width = x.shape
-    x = x.float()
     if scale is None:
         magnitude = x.abs()
         if x.numel() == 0:
@@ -76,26 +121,28 @@ def quantize_ref(x, dtype, granularity, group_size, power_of_two, scale, codes, 
         else:
             padded = torch.nn.functional.pad(magnitude, (0, -width % group_size))
             amax = padded.view(tokens, -1, group_size).amax(dim=2)
-        scale = new_scale = scale_from_amax(amax, dtype, power_of_two)
+        scale = new_scale = pack_scale(scale_from_amax(amax, dtype, power_of_two), scale_dtype)
     else:
-        new_scale = x.new_empty(0)
-    x_q = encode(x, _per_value(1.0 / scale, width, group_size), dtype)
+        new_scale = x.new_empty(0, dtype=scale_dtype)
+    x_q = encode(x, _per_value(1.0 / unpack_scale(scale), width, group_size), dtype)
     nothing = x.new_empty(0, dtype=dtype)
     return x_q if codes else nothing, _transposed(x_q) if transposed else nothing.clone(), new_scale
 
 
-def _quantize_fake(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed):
-    tokens, width = x.shape
+def _quantize_fake(parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim):
+    tokens, width = joint_shape(parts, dim)
+    shape = scale_shape(tokens, width, granularity, group_size)
+    x = parts[0]
     return (
         x.new_empty((tokens, width) if codes else 0, dtype=dtype),
         x.new_empty((width, round_up(tokens, 16)) if transposed else 0, dtype=dtype),
-        x.new_empty(scale_shape(tokens, width, granularity, group_size) if scale is None else 0, dtype=torch.float32),
+        x.new_empty(shape if scale is None else 0, dtype=scale_dtype),
     )
 
 
 _quantize = register(
-    "quantize(Tensor x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
-    "bool codes, bool transposed) -> (Tensor, Tensor, Tensor)",
+    "quantize(Tensor[] x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
+    "bool codes, bool transposed, ScalarType scale_dtype, int dim) -> (Tensor, Tensor, Tensor)",
     quantize_ref,
     _quantize_fake,
     "quantize_triton:quantize",
@@ -103,7 +150,7 @@ _quantize = register(
 
 
 def quantize(
-    x: torch.Tensor,
+    x: torch.Tensor | Sequence[torch.Tensor],
     dtype: torch.dtype = torch.float8_e4m3fn,
     granularity: Granularity = Granularity.TOKEN,
     *,
@@ -112,35 +159,50 @@ def quantize(
     scale: torch.Tensor | None = None,
     codes: bool = True,
     transposed: bool = False,
+    scale_dtype: torch.dtype = torch.float32,
+    dim: int = 0,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Quantize ``x`` to FP8: ``x ≈ x_q * x_s``, ``x_s = amax / largest``, rounded up to a power of two if asked.
 
     Args:
-        x: BF16, FP32 or FP16 values [..., H]; the leading dimensions are flattened to T tokens.
+        x: BF16, FP32 or FP16 values [..., H]; the leading dimensions are flattened to T tokens. Of several tensors,
+            their concatenation along ``dim`` is quantized, in place where ``dim`` is 0, or 1 with up to four tensors
+            and a measured scale per token; else they are copied together first.
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         granularity: What shares a scale: the tensor, a token, or ``group_size`` neighbours along H.
         group_size: Values per scale with granularity "group", a power of two; 0 otherwise.
         power_of_two: Round each scale up to a power of two.
-        scale: Scales to use instead of measured ones, float32, of the shape that ``granularity`` gives.
+        scale: Scales to use instead of measured ones, ``scale_dtype``, of the shape that ``granularity`` gives.
         codes: Whether to return the codes.
         transposed: Whether to return the transposed codes.
+        scale_dtype: How the scales of groups are stored: ``torch.float32``, ``torch.bfloat16`` or ``torch.uint8`` for
+            E8M0, which needs ``power_of_two``. The codes belong to the stored scale.
+        dim: Along what several tensors are joined: 0 for rows (tokens), 1 for columns (one scale for a token of all).
 
     Returns:
         ``(x_q, x_qt, x_s)``: codes [T, H], transposed codes [H, round_up(T, 16)] with zeros beyond T, and scales,
-        float32 [1, 1], [T, 1] or [T, ceil(H / G)]. What was not asked for is None.
+        float32 [1, 1], [T, 1] or ``scale_dtype`` [T, ceil(H / G)]. What was not asked for is None.
 
     Raises:
-        TypeError, ValueError: For dtypes, granularities or scales that do not fit; the message names the value.
+        TypeError, ValueError: For dtypes, shapes, granularities or scales that do not fit; the message names the
+            value and what was expected.
     """
     granularity = getattr(granularity, "value", granularity)
-    x = x.reshape(-1, x.shape[-1])
-    _check_quantize(x, dtype, granularity, group_size, scale)
-    x_q, x_qt, x_s = _quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed)
+    if isinstance(x, torch.Tensor):
+        parts = (x.reshape(-1, x.shape[-1]),)
+    elif x:
+        parts = tuple(part.reshape(-1, part.shape[-1]) for part in x)
+    else:
+        raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
+    _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim)
+    x_q, x_qt, x_s = _quantize(
+        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim
+    )
     return x_q if codes else None, x_qt if transposed else None, x_s if scale is None else scale
 
 
 def dequantize_ref(x_q, x_s, group_size, dtype):
-    return (x_q.float() * _per_value(x_s, x_q.shape[1], group_size)).to(dtype)
+    return (x_q.float() * _per_value(unpack_scale(x_s), x_q.shape[1], group_size)).to(dtype)
 
 
 _dequantize = register(
@@ -156,9 +218,10 @@ def _check_codes(name, x_q, x_s, group_size):
         raise TypeError(f"{name}: x_q is {x_q.dtype} {list(x_q.shape)}, expected FP8 codes [T, H]")
     tokens, width = x_q.shape
     shapes = [(tokens, -(-width // group_size))] if group_size else [(1, 1), (tokens, 1)]
-    if x_s is not None and (x_s.dtype != torch.float32 or tuple(x_s.shape) not in shapes):
+    dtypes = SCALE_DTYPES if group_size else (torch.float32,)
+    if x_s is not None and (x_s.dtype not in dtypes or tuple(x_s.shape) not in shapes):
         raise ValueError(
-            f"{name}: x_s is {x_s.dtype} {list(x_s.shape)}, expected torch.float32 of shape "
+            f"{name}: x_s is {x_s.dtype} {list(x_s.shape)}, expected {' or '.join(map(str, dtypes))} of shape "
             f"{' or '.join(str(list(s)) for s in shapes)} for codes {list(x_q.shape)} and group_size {group_size}"
         )
 
@@ -166,11 +229,11 @@ def _check_codes(name, x_q, x_s, group_size):
 def dequantize(
     x_q: torch.Tensor, x_s: torch.Tensor, *, group_size: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Values [T, H] in ``dtype`` of codes [T, H] and their float32 scales: ``x_q * x_s``.
+    """Values [T, H] in ``dtype`` of codes [T, H] and their scales: ``x_q * x_s``.
 
     Args:
         x_q: FP8 codes [T, H].
-        x_s: Scales [1, 1], [T, 1], or [T, ceil(H / G)] with ``group_size`` G.
+        x_s: Float32 scales [1, 1] or [T, 1]; with ``group_size`` G [T, ceil(H / G)], float32, BF16 or E8M0 (uint8).
         group_size: Values per scale along H; 0 for scales per tensor or per token.
         dtype: ``torch.bfloat16``, ``torch.float32`` or ``torch.float16``.
     """
@@ -184,7 +247,8 @@ def transpose_ref(x_q, x_s):
     if x_s is None:
         return _transposed(x_q), x_q.new_empty(0, dtype=torch.float32)
     scale = x_s.amax(dim=(0, 1), keepdim=True)
-    return _transposed(encode(x_q.float(), x_s / scale.clamp(min=SMALLEST_NORMAL), x_q.dtype)), scale
+    # no ratio of scales is above 1, so no code leaves its range
+    return _transposed((x_q.float() * (x_s / scale.clamp(min=SMALLEST_NORMAL))).to(x_q.dtype)), scale
 
 
 _transpose = register(

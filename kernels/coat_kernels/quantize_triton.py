@@ -1,4 +1,7 @@
-"""Triton twins of quantize.py: each reads its input from memory once."""
+"""Triton twins of quantize.py: each reads its input from memory once.
+
+The number of tokens changes from batch to batch; kernels that read it only for masks are not specialised on it.
+"""
 
 import functools
 
@@ -7,11 +10,21 @@ import triton
 import triton.language as tl
 
 from .formats import MAX_EXPONENT, round_up
-from .quantize import scale_shape
-from .tiles_triton import magnitude_bits, scale_from_bits, to_float, to_fp8, to_fp8_bits
+from .quantize import joint_shape, scale_shape
+from .tiles_triton import (
+    INTERPRETED,
+    magnitude_bits,
+    pack_scale,
+    scale_from_bits,
+    scale_groups,
+    to_float,
+    to_fp8,
+    to_fp8_bits,
+    unpack_scale,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _amax_kernel(x_ptr, amax_ptr, tokens, width, stride, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
     """Bits of the largest magnitude of x [T, H] into amax [1]. One program a tile; an integer maximum has no order."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
@@ -21,20 +34,21 @@ def _amax_kernel(x_ptr, amax_ptr, tokens, width, stride, BLOCK_T: tl.constexpr, 
 
 
 @triton.jit
-def _store_transposed(bits, qt_ptr, t, h, width, stride):
-    """Write a tile of codes, as uint8, to [H, stride]: zeros behind the last token, as masked values are zero."""
+def _store_transposed(bits, qt_ptr, t, h, width, columns, stride):
+    """Write a tile of codes, as uint8, to [H, columns]: zeros behind the last token, as masked values are zero."""
     address = h[:, None].to(tl.int64) * stride + t[None, :]
-    tl.store(qt_ptr + address, tl.trans(bits), mask=(h[:, None] < width) & (t[None, :] < stride))
+    tl.store(qt_ptr + address, tl.trans(bits), mask=(h[:, None] < width) & (t[None, :] < columns))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantize_tiles_kernel(
-    x_ptr, s_ptr, q_ptr, qt_ptr, tokens, width, stride, stride_qt,
+    x_ptr, s_ptr, q_ptr, qt_ptr, tokens, width, stride, columns, stride_qt,
     GRANULARITY: tl.constexpr, GROUP: tl.constexpr, GIVEN: tl.constexpr, EMAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, CODES: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one tile [BLOCK_T, BLOCK_H]. Scales are read (GIVEN; always so per tensor), or found per group here."""
+    """Codes of one tile [BLOCK_T, BLOCK_H]. Scales are read (GIVEN; always so per tensor), or found per group here.
+    The transposed codes have ``columns`` columns: the tokens, and the zeros behind the last of them."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     x = tl.load(
@@ -48,11 +62,12 @@ def _quantize_tiles_kernel(
         where = t[:, None] * groups + g[None, :]
         inside = (t[:, None] < tokens) & (g[None, :] < groups)
         if GIVEN:
-            s = tl.load(s_ptr + where, mask=inside, other=1.0)
+            stored = tl.load(s_ptr + where, mask=inside, other=1.0)
         else:
             s = scale_from_bits(tl.max(magnitude_bits(x), axis=2), EMAX, POWER_OF_TWO)
-            tl.store(s_ptr + where, s, mask=inside)
-        x = tl.reshape(x * tl.div_rn(1.0, s)[:, :, None], [BLOCK_T, BLOCK_H])
+            stored = pack_scale(s, s_ptr.dtype.element_ty)
+            tl.store(s_ptr + where, stored, mask=inside)
+        x = tl.reshape(x * tl.div_rn(1.0, unpack_scale(stored))[:, :, None], [BLOCK_T, BLOCK_H])
     elif GRANULARITY == "token":  # given
         x *= tl.div_rn(1.0, tl.load(s_ptr + t, mask=t < tokens, other=1.0))[:, None]
     else:
@@ -62,10 +77,10 @@ def _quantize_tiles_kernel(
         address = t[:, None] * width + h[None, :]
         tl.store(q_ptr + address, bits, mask=(t[:, None] < tokens) & (h[None, :] < width))
     if TRANSPOSED:
-        _store_transposed(bits, qt_ptr, t, h, width, stride_qt)
+        _store_transposed(bits, qt_ptr, t, h, width, columns, stride_qt)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantize_tokens_kernel(
     x_ptr, s_ptr, q_ptr, tokens, width, stride,
     EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -96,6 +111,72 @@ def _quantize_tokens_kernel(
 
 
 @triton.jit
+def _load_rows(x_ptr, t, h0, tokens, width, stride, BLOCK_H: tl.constexpr):
+    """Values [T, BLOCK_H] of rows t from column h0 on as float32, zero outside the matrix."""
+    h = h0 + tl.arange(0, BLOCK_H)[None, :]
+    return tl.load(x_ptr + t[:, None] * stride + h, mask=(t[:, None] < tokens) & (h < width), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _amax_part(x, x_ptr, t, tokens, width, stride, BLOCK_H: tl.constexpr):
+    """Bits of the largest magnitude in a part's rows t: of the first block from ``x``, behind it from memory."""
+    amax = tl.max(magnitude_bits(x), axis=1)
+    for h0 in tl.range(BLOCK_H, width, BLOCK_H):
+        more = _load_rows(x_ptr, t, h0, tokens, width, stride, BLOCK_H)
+        amax = tl.maximum(amax, tl.max(magnitude_bits(more), axis=1))
+    return amax
+
+
+@triton.jit
+def _store_part(x, inverse, x_ptr, q_row, t, tokens, width, stride, EMAX: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Codes of a part's rows t: of the first block from ``x``, behind it from memory."""
+    h = tl.arange(0, BLOCK_H)[None, :]
+    here = t[:, None] < tokens
+    tl.store(q_row + h, to_fp8(x * inverse, EMAX), mask=here & (h < width))
+    for h0 in tl.range(BLOCK_H, width, BLOCK_H):
+        more = _load_rows(x_ptr, t, h0, tokens, width, stride, BLOCK_H)
+        tl.store(q_row + h0 + h, to_fp8(more * inverse, EMAX), mask=here & (h0 + h < width))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _quantize_parts_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, s_ptr, q_ptr, tokens,
+    width0, width1, width2, width3, stride0, stride1, stride2, stride3,
+    EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr, BLOCK_3: tl.constexpr,
+):  # fmt: skip
+    """Joint scales and codes, side by side, of BLOCK_T whole tokens of two to four matrices. Grid: tokens / BLOCK_T.
+    Parts that are not there have width 0."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # All loads stand before the first reduction: it waits for every thread, and they would wait with it.
+    x0 = _load_rows(x0_ptr, t, 0, tokens, width0, stride0, BLOCK_0)
+    x1 = _load_rows(x1_ptr, t, 0, tokens, width1, stride1, BLOCK_1)
+    if PARTS > 2:
+        x2 = _load_rows(x2_ptr, t, 0, tokens, width2, stride2, BLOCK_2)
+    if PARTS > 3:
+        x3 = _load_rows(x3_ptr, t, 0, tokens, width3, stride3, BLOCK_3)
+    amax = _amax_part(x0, x0_ptr, t, tokens, width0, stride0, BLOCK_0)
+    amax = tl.maximum(amax, _amax_part(x1, x1_ptr, t, tokens, width1, stride1, BLOCK_1))
+    if PARTS > 2:
+        amax = tl.maximum(amax, _amax_part(x2, x2_ptr, t, tokens, width2, stride2, BLOCK_2))
+    if PARTS > 3:
+        amax = tl.maximum(amax, _amax_part(x3, x3_ptr, t, tokens, width3, stride3, BLOCK_3))
+    s = scale_from_bits(amax, EMAX, POWER_OF_TWO)
+    tl.store(s_ptr + t, s, mask=t < tokens)
+    inverse = tl.div_rn(1.0, s)[:, None]
+    q_row = q_ptr + t[:, None] * (width0 + width1 + width2 + width3)
+    _store_part(x0, inverse, x0_ptr, q_row, t, tokens, width0, stride0, EMAX, BLOCK_0)
+    q_row += width0
+    _store_part(x1, inverse, x1_ptr, q_row, t, tokens, width1, stride1, EMAX, BLOCK_1)
+    if PARTS > 2:
+        q_row += width1
+        _store_part(x2, inverse, x2_ptr, q_row, t, tokens, width2, stride2, EMAX, BLOCK_2)
+    if PARTS > 3:
+        q_row += width2
+        _store_part(x3, inverse, x3_ptr, q_row, t, tokens, width3, stride3, EMAX, BLOCK_3)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _dequantize_kernel(
     q_ptr, s_ptr, y_ptr, tokens, width, stride_s,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -110,15 +191,15 @@ def _dequantize_kernel(
         GROUPS: tl.constexpr = BLOCK_H // GROUP
         g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         s = tl.load(
-            s_ptr + t[:, None] * stride_s + g[None, :], mask=(t[:, None] < tokens) & (g[None, :] < stride_s), other=0.0
+            s_ptr + t[:, None] * stride_s + g[None, :], mask=(t[:, None] < tokens) & (g[None, :] < stride_s), other=0
         )
-        y = tl.reshape(tl.reshape(x, [BLOCK_T, GROUPS, GROUP]) * s[:, :, None], [BLOCK_T, BLOCK_H])
+        y = scale_groups(x, s, GROUP)
     else:
         y = x * tl.load(s_ptr + t * stride_s, mask=t < tokens, other=0.0)[:, None]
     tl.store(y_ptr + address, to_float(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _transpose_kernel(
     q_ptr, s_ptr, top_ptr, qt_ptr, tokens, width, stride_qt,
     MOVE: tl.constexpr, EMAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -129,11 +210,27 @@ def _transpose_kernel(
     address = t[:, None] * width + h[None, :]
     bits = tl.load(q_ptr + address, mask=(t[:, None] < tokens) & (h[None, :] < width), other=0)
     if MOVE:
-        top = tl.maximum(tl.load(top_ptr), 2.0**-126)  # products of scales may have underflowed
-        ratio = tl.div_rn(tl.load(s_ptr + t, mask=t < tokens, other=0.0), top)
+        # products of scales may have underflowed; a NaN scale makes all codes NaN
+        top = tl.maximum(tl.load(top_ptr), 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
+        ratio = tl.load(s_ptr + t, mask=t < tokens, other=0.0) * tl.div_rn(1.0, top)  # exact, for powers of two
         q = bits.to(tl.float8e4nv if EMAX == 8 else tl.float8e5, bitcast=True).to(tl.float32)
-        bits = to_fp8_bits(q * ratio[:, None], EMAX)
-    _store_transposed(bits, qt_ptr, t, h, width, stride_qt)
+        if INTERPRETED:  # which decodes NaN codes to numbers
+            q = tl.where((bits & 0x7F) > (0x7E if EMAX == 8 else 0x7C), float("nan"), q)
+        q *= ratio[:, None]
+        bits = to_fp8_bits(q, EMAX)
+        if INTERPRETED:
+            bits = tl.where(q == q, bits, 0x7F)
+    _store_transposed(bits, qt_ptr, t, h, width, stride_qt, stride_qt)
+
+
+def ceil_div(n: int, block: int) -> int:
+    """As ``triton.cdiv``, which costs a launcher 3 us of host time."""
+    return -(-n // block)
+
+
+def next_power_of_2(n: int) -> int:
+    """As ``triton.next_power_of_2``, likewise."""
+    return 1 << (n - 1).bit_length()
 
 
 def _tile(width: int, group_size: int, codes: bool, transposed: bool) -> tuple[int, int, int]:
@@ -141,60 +238,103 @@ def _tile(width: int, group_size: int, codes: bool, transposed: bool) -> tuple[i
     if transposed:
         block_t, block_h = 64, max(128 if codes else 64, group_size)
         return block_t, block_h, block_t * block_h // 2048
-    block_h = max(group_size, min(2048, triton.next_power_of_2(width)))
+    block_h = max(group_size, min(2048, next_power_of_2(width)))
     return max(1, 4096 // block_h), block_h, 4
 
 
 @functools.cache
-def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What stands for a result that was not asked for."""
+def nothing(dtype: torch.dtype, device: torch.device, place: int = 0) -> torch.Tensor:
+    """What stands for a result that was not asked for; results of one op in different places are different tensors."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
-def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed):
-    tokens, width = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    emax, given = MAX_EXPONENT[dtype], scale is not None
+def _pieces(x, x_q, x_qt, x_s):
+    """Of each of several matrices, one below the other: itself and its codes, transposed codes, scales and columns."""
+    begin = 0
+    for i, part in enumerate(x):
+        end = begin + part.shape[0]
+        qt = x_qt
+        if x_qt.numel():  # the last one also writes the zeros behind it
+            qt = x_qt[:, begin : x_qt.shape[1] if i == len(x) - 1 else end]
+        s = x_s if x_s.shape[0] == 1 else x_s[begin:end]
+        yield part, x_q[begin:end], qt, s, qt.shape[-1]
+        begin = end
+
+
+def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim):
+    tokens, width = joint_shape(x, dim)
+    emax, given, device = MAX_EXPONENT[dtype], scale is not None, x[0].device
+    if len(x) > 1:
+        x = [part for part in x if part.numel()] or x[:1]
+    side_by_side = dim == 1 and len(x) > 1
+    if side_by_side and (granularity != "token" or given or len(x) > 4):
+        x, side_by_side = [torch.cat(x, 1)], False
+    x = [part if part.stride(1) == 1 else part.contiguous() for part in x]
     # Where a second kernel that transposes codes, a byte a value, is faster: a tile of whole tokens is too flat to be
     # written transposed, and two results per tensor are faster with the conversion instruction (see to_fp8_bits).
     after = transposed and {"token": not given, "tensor": codes, "group": False}[granularity]
     at_once = transposed and not after
     keep = codes or after
-    x_q = torch.empty((tokens, width), dtype=dtype, device=x.device) if keep else nothing(dtype, x.device)
-    x_qt = nothing(dtype, x.device)
+    x_q = torch.empty((tokens, width), dtype=dtype, device=device) if keep else nothing(dtype, device)
+    x_qt = nothing(dtype, device)
     if at_once:
-        x_qt = torch.empty((width, round_up(tokens, 16)), dtype=dtype, device=x.device)
+        x_qt = torch.empty((width, round_up(tokens, 16)), dtype=dtype, device=device)
     if given:
-        x_s, new_s = scale.contiguous(), nothing(torch.float32, x.device)
+        x_s, new_s = scale.contiguous(), nothing(scale_dtype, device)
     else:
         shape = scale_shape(tokens, width, granularity, group_size)
-        x_s = new_s = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        new_s.fill_(torch.finfo(torch.float32).smallest_normal)  # which is empty where scales are given
+        x_s = new_s = torch.empty(shape, dtype=scale_dtype, device=device)
+    pieces = [(x[0], x_q, x_qt, x_s, x_qt.shape[-1])] if len(x) == 1 else _pieces(x, x_q, x_qt, x_s)
+    if tokens * width == 0:
+        new_s.fill_(torch.finfo(torch.float32).smallest_normal)  # which is empty where scales are given or of groups
+    elif side_by_side:
+        _quantize_parts(x, x_q, x_s, power_of_two)
     elif granularity == "token" and not given:
-        block_h = min(triton.next_power_of_2(width), 16384)
+        block_h = min(next_power_of_2(width), 16384)
         block_t = max(1, 4096 // block_h)
-        _quantize_tokens_kernel[(triton.cdiv(tokens, block_t),)](
-            x, x_s, x_q, tokens, width, x.stride(0),
-            EMAX=emax, POWER_OF_TWO=power_of_two, ONE_BLOCK=width <= block_h, BLOCK_T=block_t, BLOCK_H=block_h,
-        )  # fmt: skip
+        for part, q, _, s, _ in pieces:
+            _quantize_tokens_kernel[(ceil_div(part.shape[0], block_t),)](
+                part, s, q, part.shape[0], width, part.stride(0),
+                EMAX=emax, POWER_OF_TWO=power_of_two, ONE_BLOCK=width <= block_h, BLOCK_T=block_t, BLOCK_H=block_h,
+            )  # fmt: skip
     else:
         if granularity == "tensor" and not given:
-            amax = torch.zeros(1, dtype=torch.int32, device=x.device)
+            amax = torch.zeros(1, dtype=torch.int32, device=device)
             block_t, block_h = 8, 1024
-            _amax_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
-                x, amax, tokens, width, x.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
-            )
+            for part in x:
+                _amax_kernel[(ceil_div(part.shape[0], block_t), ceil_div(width, block_h))](
+                    part, amax, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
+                )
             _scale_kernel[(1,)](amax, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
         block_t, block_h, warps = _tile(width, group_size, keep, at_once)
-        _quantize_tiles_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
-            x, x_s, x_q.view(torch.uint8), x_qt.view(torch.uint8), tokens, width, x.stride(0), x_qt.shape[-1],
-            GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
-            CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
-        )  # fmt: skip
+        for part, q, qt, s, columns in pieces:
+            rows = max(part.shape[0], columns)
+            _quantize_tiles_kernel[(ceil_div(rows, block_t), ceil_div(width, block_h))](
+                part, s, q.view(torch.uint8), qt.view(torch.uint8), part.shape[0], width, part.stride(0),
+                columns, x_qt.shape[-1],
+                GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
+                CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+            )  # fmt: skip
     if after:
         x_qt = _transpose_codes(x_q)
-    return x_q if codes else nothing(dtype, x.device), x_qt, new_s
+    return x_q if codes else nothing(dtype, device, 1), x_qt, new_s
+
+
+def _quantize_parts(x, x_q, x_s, power_of_two):
+    """Codes of up to four matrices side by side, with one scale for a token of all of them, in one launch."""
+    tokens, empty = x_q.shape[0], 4 - len(x)
+    widths = [part.shape[1] for part in x] + [0] * empty
+    strides = [part.stride(0) for part in x] + [0] * empty
+    most = 16384 if len(x) == 2 else 8192  # values of a row that are held while its amax is found; more are read twice
+    blocks = [min(next_power_of_2(n), most) if n else 0 for n in widths]
+    held = sum(blocks)
+    block_t = max(1, 4096 // next_power_of_2(held))
+    _quantize_parts_kernel[(ceil_div(tokens, block_t),)](
+        *x, *x[:1] * empty, x_s, x_q, tokens, *widths, *strides,
+        EMAX=MAX_EXPONENT[x_q.dtype], POWER_OF_TWO=power_of_two, PARTS=len(x), BLOCK_T=block_t,
+        BLOCK_0=blocks[0], BLOCK_1=blocks[1], BLOCK_2=blocks[2], BLOCK_3=blocks[3],
+        num_warps=4 if held <= 8192 else 8 if held <= 16384 else 16,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -209,7 +349,7 @@ def dequantize(x_q, x_s, group_size, dtype):
     if y.numel() == 0:
         return y
     block_t, block_h, _ = _tile(width, group_size, True, False)
-    _dequantize_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
+    _dequantize_kernel[(ceil_div(tokens, block_t), ceil_div(width, block_h))](
         x_q.contiguous(), x_s.contiguous(), y, tokens, width, x_s.shape[1] if group_size or x_s.shape[0] > 1 else 0,
         GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h,
     )  # fmt: skip
@@ -222,8 +362,8 @@ def _transpose_codes(x_q, x_s=None, top=None):
     padded = round_up(tokens, 16)
     x_qt = torch.empty(width, padded, dtype=x_q.dtype, device=x_q.device)
     if x_qt.numel():
-        block_t, block_h = (64, 128) if x_s is None else (128, 64)
-        _transpose_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
+        block_t, block_h = (64, 128) if x_s is None else (128, 128)
+        _transpose_kernel[(ceil_div(padded, block_t), ceil_div(width, block_h))](
             x_q.view(torch.uint8), x_s, top, x_qt.view(torch.uint8), tokens, width, padded,
             MOVE=x_s is not None, EMAX=MAX_EXPONENT[x_q.dtype], BLOCK_T=block_t, BLOCK_H=block_h,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import coat_kernels as ck
 import pytest
 import torch
-from coat_kernels.formats import largest, scale_from_amax
+from coat_kernels.formats import SCALE_DTYPES, largest, scale_from_amax, unpack_scale
 from coat_kernels.quantize import dequantize_ref, quantize_ref, transpose_ref
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -54,9 +54,9 @@ def sample(tokens, width, dtype=torch.bfloat16, device="cpu"):
 def test_quantize_parity(twin, device, shape, granularity, group, power_of_two, dtype):
     x = sample(*shape, torch.float32 if shape[0] % 2 else torch.bfloat16)
     for codes, transposed in ((True, False), (False, True), (True, True)):
-        arguments = (dtype, granularity, group, power_of_two, None, codes, transposed)
+        arguments = (dtype, granularity, group, power_of_two, None, codes, transposed, torch.float32, 0)
         expected = quantize_ref(x, *arguments)
-        actual = twin.quantize(x.to(device), *arguments)
+        actual = twin.quantize([x.to(device)], *arguments)
         assert torch.equal(actual[2].cpu(), expected[2]), "scales are bitwise equal"
         same_codes(actual[0], expected[0])
         same_codes(actual[1], expected[1])
@@ -68,12 +68,107 @@ def test_quantize_parity_given_scale_and_strided(twin, device, granularity, grou
     x = wide[::2, 4:260]  # a view with rows apart
     scale = quantize_ref(x, E4M3, granularity, group, True, None, True, False)[2] * 4
     expected = quantize_ref(x, E4M3, granularity, group, True, scale, True, True)
-    actual = twin.quantize(wide.to(device)[::2, 4:260], E4M3, granularity, group, True, scale.to(device), True, True)
+    rest = (True, True, torch.float32, 0)
+    actual = twin.quantize([wide.to(device)[::2, 4:260]], E4M3, granularity, group, True, scale.to(device), *rest)
     same_codes(actual[0], expected[0])
     same_codes(actual[1], expected[1])
     assert actual[2].numel() == 0
-    columns = twin.quantize(wide.to(device).t(), E4M3, "token", 0, True, None, True, False)  # no unit stride along H
-    assert torch.equal(columns[2].cpu(), quantize_ref(wide.t(), E4M3, "token", 0, True, None, True, False)[2])
+    columns = wide.to(device).t()  # no unit stride along H
+    actual = twin.quantize([columns], E4M3, "token", 0, True, None, True, False, torch.float32, 0)
+    assert torch.equal(actual[2].cpu(), quantize_ref(wide.t(), E4M3, "token", 0, True, None, True, False)[2])
+
+
+STORED = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.uint8, True)]
+
+
+@pytest.mark.parametrize(("scale_dtype", "power_of_two"), STORED)
+@pytest.mark.parametrize(("shape", "group"), [((1, 64), 16), ((37, 100), 16), ((37, 257), 128), ((0, 48), 16)])
+def test_group_scales_as_stored_parity(twin, device, shape, group, scale_dtype, power_of_two):
+    x = sample(*shape, torch.float32)  # the interpreter reads subnormal BF16 numbers as zero
+    if shape[0] > 4:
+        x[1], x[2, 0], x[3, 0], x[4] = 0.0, float("nan"), float("inf"), 1e-39
+    options = (E4M3, "group", group, power_of_two)
+    expected = quantize_ref(x, *options, None, True, True, scale_dtype)
+    actual = twin.quantize([x.to(device)], *options, None, True, True, scale_dtype, 0)
+    assert actual[2].dtype == scale_dtype
+    assert torch.equal(actual[2].cpu().nan_to_num(7.0), expected[2].nan_to_num(7.0))
+    broken = unpack_scale(expected[2]).isnan().repeat_interleave(group, 1)[:, : shape[1]]  # whose codes do not matter
+
+    def sound(codes):
+        return codes.cpu().view(torch.uint8).masked_fill(broken, 0).view(codes.dtype)
+
+    same_codes(sound(actual[0]), sound(expected[0]))
+    assert torch.equal(actual[1][:, : shape[0]].view(torch.uint8), actual[0].view(torch.uint8).t())
+    given = twin.quantize([x.to(device)], *options, actual[2], True, False, scale_dtype, 0)
+    assert torch.equal(sound(given[0]).view(torch.uint8), sound(actual[0]).view(torch.uint8)), "stored scales count"
+    values = twin.dequantize(actual[0], actual[2], group, torch.float32).cpu()
+    expected = dequantize_ref(actual[0].cpu(), actual[2].cpu(), group, torch.float32)
+    assert values[broken].isnan().all() and torch.equal(values[~broken], expected[~broken])
+
+
+# Rows: parts off the 16 of tensor cores, an empty one, one row; the widths of three weights of a grouped attention
+ROWS = [((48, 16, 16), 64), ((37, 5, 70), 100), ((8, 0, 64), 48), ((1, 130), 257), ((0, 0), 32), ((3, 3, 3, 3, 3), 16)]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+@pytest.mark.parametrize(("tokens", "width"), ROWS)
+def test_rows_of_several_tensors(twin, device, tokens, width, granularity, group, given):
+    """Equal to the concatenation, with zeros behind the last part only, for every layout."""
+    parts = [sample(n, width) * 2.0**i for i, n in enumerate(tokens)]
+    scale = quantize_ref(parts, E4M3, granularity, group, True, None, True, False)[2] * 2 if given else None
+    for codes, transposed in ((True, False), (False, True), (True, True)):
+        rest = (codes, transposed, torch.float32, 0)
+        expected = quantize_ref(torch.cat(parts), E4M3, granularity, group, True, scale, *rest)
+        moved = scale if scale is None else scale.to(device)
+        actual = twin.quantize([part.to(device) for part in parts], E4M3, granularity, group, True, moved, *rest)
+        assert torch.equal(actual[2].cpu(), expected[2])
+        same_codes(actual[0], expected[0])
+        same_codes(actual[1], expected[1])
+
+
+# Columns: equal ones, those of a grouped attention, awkward ones, an empty part, more than one launch takes, no token
+COLUMNS = [(5, (64, 64)), (37, (64, 16, 16)), (7, (100, 1, 33, 257)), (3, (16, 0, 48)), (1, (16,) * 5), (0, (32, 16))]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "group", "power_of_two"),
+    [("token", 0, True), ("token", 0, False), ("tensor", 0, True), ("group", 16, True)],
+)
+@pytest.mark.parametrize(("tokens", "widths"), COLUMNS)
+def test_columns_of_several_tensors(twin, device, tokens, widths, granularity, group, power_of_two):
+    """Equal to the concatenation, also of parts whose rows lie apart, each by another stride."""
+    whole = [sample(tokens, n + 8 * i) for i, n in enumerate(widths)]
+    parts = [x[:, 8 * i :] for i, x in enumerate(whole)]
+    moved = [x.to(device)[:, 8 * i :] for i, x in enumerate(whole)]
+    for codes, transposed in ((True, False), (False, True), (True, True)):
+        arguments = (E4M3, granularity, group, power_of_two, None, codes, transposed, torch.float32, 1)
+        expected = quantize_ref(torch.cat(parts, 1), *arguments)
+        actual = twin.quantize(moved, *arguments)
+        assert torch.equal(actual[2].cpu(), expected[2])
+        same_codes(actual[0], expected[0])
+        same_codes(actual[1], expected[1])
+
+
+def test_columns_wider_than_a_block(twin, device):
+    """The largest magnitude may lie in the part of a row that is read twice."""
+    parts = [torch.full((2, n), 2.0**-i) for i, n in enumerate((16500, 24))]
+    parts[0][1, 16450] = 100.0
+    arguments = (E5M2, "token", 0, True, None, True, False, torch.float32, 1)
+    expected, actual = quantize_ref(parts, *arguments), twin.quantize([x.to(device) for x in parts], *arguments)
+    assert torch.equal(actual[2].cpu(), expected[2])
+    same_codes(actual[0], expected[0])
+
+
+def test_several_tensors_in_public(device):
+    """Tensors of any leading shape, one launch's worth or copied together, and one in a list as it is alone."""
+    x = sample(24, 96, device=device)
+    alone = ck.quantize(x, transposed=True)
+    columns = [part.view(2, 12, -1) for part in x.split((48, 16, 32), 1)]
+    for joined in (ck.quantize([x], transposed=True), ck.quantize(columns, dim=1, transposed=True)):
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(joined, alone, strict=True))
+    joined = ck.quantize(x.split(7), transposed=True)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(joined, alone, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -123,6 +218,30 @@ def test_idempotent(device, granularity, group, power_of_two):
     assert torch.allclose(
         ck.dequantize(again_q, again_s, group_size=group, dtype=torch.float32), y, rtol=2**-22, atol=0
     )
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+def test_idempotent_as_stored(device, scale_dtype):
+    """Powers of two come back bit for bit, whatever they are stored as."""
+    options = dict(group_size=16, scale_dtype=scale_dtype)
+    x_q, _, x_s = ck.quantize(sample(37, 200, device=device), E4M3, "group", **options)
+    y = ck.dequantize(x_q, x_s, group_size=16, dtype=torch.float32)
+    again_q, _, again_s = ck.quantize(y, E4M3, "group", **options)
+    assert x_s.dtype == again_s.dtype == scale_dtype
+    assert torch.equal(ck.dequantize(again_q, again_s, group_size=16, dtype=torch.float32), y)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_bfloat16_scales_hold_every_value(device, power_of_two):
+    """Stored scales are rounded up: no code is cut off, and a code's error grows by at most a BF16 step, 2**-7."""
+    x = sample(37, 200, torch.float32, device)
+    options = dict(group_size=16, power_of_two=power_of_two)
+    _, _, x_s = ck.quantize(x, E4M3, "group", **options)
+    x_q, _, stored = ck.quantize(x, E4M3, "group", scale_dtype=torch.bfloat16, **options)
+    assert (stored.float() >= x_s).all() and (stored.float() <= x_s * (1 + 2**-7)).all()
+    y = ck.dequantize(x_q, stored, group_size=16, dtype=torch.float32)
+    step = torch.maximum(x.abs() * 2**-4, stored.float().repeat_interleave(16, 1)[:, :200] * 2**-10)
+    assert ((y - x).abs() <= step * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize(("granularity", "group"), RECIPES)
@@ -182,6 +301,38 @@ def test_transpose_moves_power_of_two_scales_exactly(device):
     assert torch.equal(ck.dequantize(x_qt, top, dtype=torch.float32).t(), ck.dequantize(x_q, x_s, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_transpose_moves_every_code_by_every_ratio(twin, device, dtype):
+    """All codes, NaN too, times 2**0 to 2**-40 and less: the reference's codes, and the exact product rounded once."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7C] if dtype == E5M2 else codes  # inf, which quantize never writes
+    exponents = torch.tensor([*range(41), 60, 100, 126, 200, 229], dtype=torch.float64)  # of scales down to 2**-129
+    x_s = torch.exp2(100 - exponents)[:, None].float()
+    x_q = codes.expand(len(exponents), -1).contiguous().view(dtype)
+    expected, actual = transpose_ref(x_q, x_s), twin.transpose(x_q.to(device), x_s.to(device))
+    assert actual[1].item() == expected[1].item() == 2.0**100
+    moved = actual[0].cpu().float()
+    assert torch.equal(moved.nan_to_num(7e37), expected[0].float().nan_to_num(7e37))
+    exact = (
+        (x_q.double() * torch.exp2(-exponents)[:, None]).float().to(dtype).float().t()
+    )  # float32 holds all products
+    assert torch.equal(moved[:, : len(exponents)].nan_to_num(7e37), exact.nan_to_num(7e37))
+    assert moved[:, : len(exponents)].isnan().sum() == x_q.float().isnan().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_transpose_of_broken_and_of_vanished_scales(twin, device, dtype):
+    """One NaN scale makes all codes NaN; scales below the smallest normal number are measured against that."""
+    x_q = quantize_ref(sample(5, 32), dtype, "token", 0, True, None, True, False)[0]
+    broken = torch.tensor([1.0, 2.0, float("nan"), 0.5, 0.0])[:, None]
+    x_qt, top = twin.transpose(x_q.to(device), broken.to(device))
+    assert top.isnan().all() and x_qt[:, :5].float().isnan().all()
+    for scales in ([0.0] * 5, [2.0**-130, 2.0**-128, 0.0, 2.0**-149, 2.0**-127]):
+        x_s = torch.tensor(scales)[:, None]
+        expected, actual = transpose_ref(x_q, x_s), twin.transpose(x_q.to(device), x_s.to(device))
+        assert torch.equal(actual[0].cpu().float(), expected[0].float()) and torch.equal(actual[1].cpu(), expected[1])
+
+
 def test_leading_dimensions_are_flattened(device):
     x = sample(24, 64, device=device)
     x_q, _, x_s = ck.quantize(x.view(2, 3, 4, 64))
@@ -191,19 +342,22 @@ def test_leading_dimensions_are_flattened(device):
 
 @pytest.mark.parametrize(("granularity", "group"), RECIPES)
 def test_registration(device, granularity, group):
-    """Fake and kernel agree (torch.library.opcheck), with and without a given scale."""
+    """Fake and kernel agree (torch.library.opcheck), with and without a given scale, for one tensor and several."""
     x = sample(20, 128, device=device)
     arguments = (E4M3, granularity, group, True)
-    torch.library.opcheck(
-        torch.ops.coat_kernels.quantize.default, (x, *arguments, None, True, True), test_utils=OPCHECKS
-    )
+    quantize = torch.ops.coat_kernels.quantize.default
     x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group)
-    torch.library.opcheck(
-        torch.ops.coat_kernels.quantize.default, (x, *arguments, x_s, True, False), test_utils=OPCHECKS
-    )
-    torch.library.opcheck(
-        torch.ops.coat_kernels.dequantize.default, (x_q, x_s, group, torch.bfloat16), test_utils=OPCHECKS
-    )
+    for parts, dim in (([x], 0), (list(x.split(9)), 0), (list(x.split(48, 1)), 1)):
+        rest = (torch.float32, dim)
+        torch.library.opcheck(quantize, (parts, *arguments, None, True, True, *rest), test_utils=OPCHECKS)
+        torch.library.opcheck(quantize, (parts, *arguments, x_s, True, False, *rest), test_utils=OPCHECKS)
+    for scale_dtype in SCALE_DTYPES if group else (torch.float32,):
+        x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group, scale_dtype=scale_dtype)
+        rest = (None, True, False, scale_dtype, 0)
+        torch.library.opcheck(quantize, ([x], *arguments, *rest), test_utils=OPCHECKS)
+        torch.library.opcheck(
+            torch.ops.coat_kernels.dequantize.default, (x_q, x_s, group, torch.bfloat16), test_utils=OPCHECKS
+        )
     for scale in (None, *([x_s] if granularity == "token" else [])):
         torch.library.opcheck(torch.ops.coat_kernels.transpose.default, (x_q, scale), test_utils=OPCHECKS)
 
@@ -218,6 +372,18 @@ def test_registration(device, granularity, group):
         (dict(granularity="group", group_size=24), "group_size is 24"),
         (dict(group_size=16), "group_size is 16"),
         (dict(scale=torch.ones(3, 1)), r"\[3, 1\]"),
+        (dict(scale_dtype=torch.float16), "torch.float16"),
+        (dict(scale_dtype=torch.bfloat16), "torch.bfloat16"),
+        (
+            dict(granularity="group", group_size=16, scale_dtype=torch.uint8, power_of_two=False),
+            "power_of_two is False",
+        ),
+        (dict(granularity="group", group_size=16, scale=torch.ones(2, 1), scale_dtype=torch.uint8), "torch.uint8"),
+        (dict(x=[]), "empty sequence"),
+        (dict(dim=2), "dim is 2"),
+        (dict(x=[torch.ones(2, 16), torch.ones(2, 8)]), r"\[2, 8\]"),
+        (dict(x=[torch.ones(2, 16), torch.ones(3, 16)], dim=1), r"\[3, 16\]"),
+        (dict(x=[torch.ones(2, 16), torch.ones(2, 16).bfloat16()]), "torch.bfloat16"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -1,0 +1,227 @@
+"""Pretrain a Llama of 107 M parameters on 105 M tokens of real text several times, on the same data in the same order:
+BF16 against COAT.
+
+    python benchmarks/pretrain_runs.py [RUN ...] [--steps N] [--per_gpu 3] [--max_seconds 570] [--json FILE] [...]
+
+A run is a process of ``examples/pretrain.py``, which is given every option that is not known here. ``per_gpu`` runs at
+a time share a GPU, the others wait. A RUN is VARIANT or VARIANT:SEED, where the seed chooses the initial weights and
+the order of the data; the others are compared with the first one. Variants:
+
+    bf16                      torch's fused AdamW; FP32 weights and BF16 autocast, as in all others
+    bf16-compiled             the same with torch.compile
+    lean, paper               the presets
+    lean-model, paper-model   only what they do to the model, with torch's AdamW
+    optimizer                 only COAT's optimizer
+    NAME={...}                any recipe as JSON, under a name of its own; NAME:SEED={...} with a seed
+
+When ``--max_seconds`` are nearly over, runs stop where they are and are evaluated, and the table says so. A second
+call with the same FILE and settings adds its runs to those in FILE. Runs that share a GPU slow each other down:
+compare their losses, not their speeds.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import SimpleQueue
+from statistics import mean
+
+import torch
+from environment import environment
+
+import hf_coat
+from hf_coat.config import PRESETS
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
+RUNS = ["bf16", "lean", "paper", "bf16:1", "optimizer"]
+RECORD = "run.json"
+EVALUATION_SECONDS = 75  # what a run may take before its first step and after its last
+COMPARED = 5  # logged training losses at the end of two runs, over which their gap is averaged
+
+
+def model_half(preset: str) -> str:
+    return json.dumps(hf_coat.HfCoatConfig(model=PRESETS[preset].model, optimizer=None).to_dict())
+
+
+VARIANTS = {
+    "bf16": [],
+    "bf16-compiled": ["--torch_compile", "true"],
+    **{name: ["--coat", name] for name in PRESETS},
+    **{f"{name}-model": ["--coat", model_half(name)] for name in PRESETS},
+    "optimizer": ["--coat", '{"model": null}'],
+}
+
+
+def parse_run(run: str) -> tuple[str, int, list[str]]:
+    """``"lean:1"`` -> its name, its seed, and its part of the command line."""
+    variant, _, recipe = run.partition("=")
+    name, _, seed = variant.partition(":")
+    if not recipe and name not in VARIANTS:
+        raise SystemExit(f"{run!r} is no run: the variants are {', '.join(VARIANTS)}, or NAME={{...}}")
+    return name, int(seed or 0), ["--coat", recipe] if recipe else VARIANTS[name]
+
+
+def train(run: str, gpu: str | None, stop_at: float, options: argparse.Namespace, extra: list[str]) -> dict:
+    """Carry out one run in a process of its own; returns its record, or what went wrong."""
+    name, seed, arguments = parse_run(run)
+    folder = options.folder / f"{name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    row = {"name": name, "seed": seed}
+    left = stop_at - time.monotonic()
+    if left < EVALUATION_SECONDS:
+        return row | {"failed": "not started: too little time was left"}
+    arguments = ["--seed", str(seed), "--output_dir", folder, "--disable_tqdm", "true", *arguments, *extra]
+    arguments += ["--corpus", options.folder / "corpus", "--max_seconds", str(left)]
+    environ = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen([sys.executable, EXAMPLE, *arguments], env=environ, stdout=log, stderr=log)
+        try:
+            process.wait(None if math.isinf(left) else left + EVALUATION_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if (folder / RECORD).exists():
+        return row | json.loads((folder / RECORD).read_text())
+    log = (folder / "log.txt").read_text(errors="replace")
+    return row | {"failed": f"exit status {process.returncode}; the end of its output:\n{log[-3000:]}"}
+
+
+def gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def shared(row: dict) -> dict:
+    """The settings that a run shares with those it is compared with, taken out of its record."""
+    arguments, script = row.pop("arguments"), row.pop("script")
+    row |= {name: arguments.pop(name) for name in ("coat", "data_seed", "optim")}
+    for settings, own in ((arguments, ("seed", "output_dir")), (script, ("corpus",))):
+        for name in own:
+            del settings[name]
+    return {
+        "script": script,
+        "arguments": arguments,
+        **{name: row.pop(name) for name in ("corpus", "parameters", "planned_steps", "held_out_tokens")},
+    }
+
+
+def label(row: dict) -> str:
+    return f"{row['name']}:{row['seed']}" if row["seed"] else row["name"]
+
+
+def train_loss_gap(row: dict, base: dict) -> float:
+    """Mean difference of the training losses at the last steps that both runs logged: the same data in both."""
+    steps = [step for step in row["train_loss"] if step in base["train_loss"]][-COMPARED:]
+    return mean(row["train_loss"][step] - base["train_loss"][step] for step in steps) if steps else float("nan")
+
+
+def table(rows: list[dict], planned_steps: int) -> str:
+    """Held-out losses, and the gaps to the first run in nats where both took as many steps."""
+    heads = ["run", "steps", "as trained", "gap", "plain BF16", "gap", "training gap", "tokens/s", "peak GiB"]
+    lines = [f"{heads[0]:<16}" + "".join(f"{head:>13}" for head in heads[1:])]
+    base = rows[0]
+    for row in rows:
+        other, unequal = row is not base, row["steps"] != base["steps"]
+        cells = [str(row["steps"])]
+        for key in ("held_out_loss", "held_out_loss_bf16"):
+            cells += [f"{row[key]:.4f}", f"{row[key] - base[key]:+.4f}" if other and not unequal else ""]
+        cells.append(f"{train_loss_gap(row, base):+.4f}" if other and row["seed"] == base["seed"] else "")
+        cells.append(f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "-")
+        cells.append(f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-")
+        notes = []
+        if row["steps"] < planned_steps:
+            notes.append(f"stopped before step {planned_steps}")
+        if row["seed"] == base["seed"] and not unequal and row["data_sha256"] != base["data_sha256"]:
+            notes.append("NOT THE SAME DATA")
+        lines.append(f"{label(row):<16}" + "".join(f"{cell:>13}" for cell in cells) + "  ".join(["", *notes]))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        losses = [row["held_out_loss"] for row in rows if row["name"] == name and row["steps"] == planned_steps]
+        if len(losses) > 1:
+            lines.append(f"spread of the {len(losses)} seeds of {name}: {max(losses) - min(losses):.4f}")
+    return "\n".join(lines)
+
+
+def ranking(order: list[tuple[str, int]]):
+    """A sort key: runs as they were asked for, then those of earlier calls."""
+    return lambda run: order.index(run) if run in order else len(order)
+
+
+def earlier_rows(file: Path | None, settings: dict) -> dict[tuple[str, int], dict]:
+    """The rows of a result file by name and seed, if it was made with these settings."""
+    if file is None or not file.exists():
+        return {}
+    result = json.loads(file.read_text())
+    rows = {(row["name"], row["seed"]): row for row in result.pop("rows")}
+    if result != settings:
+        print(f"{file} was made with other settings or elsewhere: its runs are not kept", flush=True)
+        return {}
+    return rows
+
+
+def main() -> None:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", default=RUNS)
+    parser.add_argument("--steps", type=int, help="optimizer steps; by default those of the example")
+    parser.add_argument("--per_gpu", type=int, default=3, help="runs that share a GPU")
+    parser.add_argument("--max_seconds", type=float, default=math.inf, help="for everything together")
+    parser.add_argument("--json", type=Path, help="write the figures here, and keep those that are there")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "pretrain_runs"))
+    options, extra = parser.parse_known_args()
+    order = [parse_run(run)[:2] for run in options.runs]
+    if options.steps is not None:
+        extra += ["--max_steps", str(options.steps)]
+    where = environment("accelerate", "tokenizers")
+
+    corpus = ["--corpus", options.folder / "corpus", "--corpus_only", "true", "--output_dir", options.folder]
+    subprocess.run([sys.executable, EXAMPLE, *corpus, *extra], check=True)
+    print(f"the text is encoded after {time.monotonic() - started:.0f} s", flush=True)
+
+    free = SimpleQueue()
+    for gpu in gpus() * options.per_gpu or [None]:
+        free.put(gpu)
+
+    def on_a_gpu(run: str) -> dict:
+        gpu = free.get()
+        try:
+            return train(run, gpu, started + options.max_seconds - EVALUATION_SECONDS, options, extra)
+        finally:
+            free.put(gpu)
+
+    settings, rows, failed = None, {}, []
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        for done in as_completed([pool.submit(on_a_gpu, run) for run in options.runs]):
+            row = done.result()
+            after = f"after {time.monotonic() - started:.0f} s"
+            if "failed" in row:
+                failed.append(label(row))
+                print(f"{label(row)} failed {after}: {row['failed']}", flush=True)
+                continue
+            mine = {**where, **shared(row)}
+            if settings is None:
+                settings, rows = mine, earlier_rows(options.json, mine)
+            if mine != settings:
+                raise ValueError(f"{label(row)} had other settings than a run before it: {mine}, not {settings}")
+            rows[row["name"], row["seed"]] = row
+            print(f"{label(row)} done {after}, held-out loss {row['held_out_loss']:.4f}", flush=True)
+            if options.json:
+                result = {**settings, "rows": [rows[run] for run in sorted(rows, key=ranking(order))]}
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if rows:
+        print(table([rows[run] for run in sorted(rows, key=ranking(order))], settings["planned_steps"]))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The differentiable functions of COAT: what is computed in FP8, and what is kept in FP8 for the backward."""
+
+from .attention import coat_rotary, keep_attention
+from .linear import coat_linear
+from .mlp import Gate, coat_activation, coat_mlp
+from .norm import coat_norm
+from .operands import Demand, WeightCache
+
+__all__ = [
+    "Demand",
+    "Gate",
+    "WeightCache",
+    "coat_activation",
+    "coat_linear",
+    "coat_mlp",
+    "coat_norm",
+    "coat_rotary",
+    "keep_attention",
+]

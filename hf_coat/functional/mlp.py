@@ -1,0 +1,198 @@
+"""``act(gate) * up`` and the whole MLP around it, keeping gate and up as FP8 groups.
+
+    forward     gate, up = products with x     h = act(gate) * up     y = h @ down.T
+    kept        gate and up as FP8 groups; never h, which comes back from them by element-wise arithmetic
+    backward    dh -> the codes of dgate and dup, which the products of the backward read as they are
+
+COAT keeps gate, up and h (arXiv 2410.19313 section 4 and its table 2).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from coat_kernels import (
+    Fp8Format,
+    Granularity,
+    ScaleFormat,
+    activation,
+    activation_backward,
+    activation_transposed,
+    quantize,
+    scaled_mm,
+)
+
+from .linear import compute_dtype, weight_gradient
+from .operands import Demand, Source, WeightCache, quantize_input, quantize_weights, transposed_weights
+
+
+class Gate(NamedTuple):
+    """What stands between an MLP's products, and how its input is kept.
+
+    Args:
+        act: One of :data:`coat_kernels.activation.ACTIVATIONS`.
+        gated: Whether ``act(x) * up`` or ``act(x)``.
+        group_size: Consecutive values of a token that share a scale.
+        scale_format: How those scales are kept.
+    """
+
+    act: str
+    gated: bool
+    group_size: int = 128
+    scale_format: ScaleFormat = ScaleFormat.E8M0
+
+
+def _codes_again(scale, kept_q, kept_s, *, act, gated, group_size):
+    return activation_transposed(kept_q, kept_s, scale, act=act, gated=gated, group_size=group_size)
+
+
+class _CoatActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, up, act, group_size, scale_dtype, demand, sources):
+        made = activation(
+            x.reshape(-1, x.shape[-1]), None if up is None else up.reshape(-1, up.shape[-1]), act=act,
+            group_size=group_size, scale_dtype=scale_dtype, codes=demand is not None and demand.codes,
+        )  # fmt: skip
+        ctx.save_for_backward(made.kept_q, made.kept_s)
+        ctx.x_shape, ctx.how = x.shape, {"act": act, "gated": up is not None, "group_size": group_size}
+        if sources is not None:
+            rebuild = functools.partial(_codes_again, **ctx.how)
+            sources.append(Source(rebuild, (made.kept_q, made.kept_s), made.h_q, made.h_s, demand))
+        return made.h.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh):
+        d, _, _ = activation_backward(dh.reshape(-1, dh.shape[-1]), *ctx.saved_tensors, **ctx.how)
+        width = dh.shape[-1]
+        dx, dup = d[:, :width].view(ctx.x_shape), d[:, width:].view(ctx.x_shape) if ctx.how["gated"] else None
+        return dx, dup, *[None] * 5
+
+
+def coat_activation(
+    x: torch.Tensor, up: torch.Tensor | None, gate: Gate, *, share: bool = True, demand: Demand | None = None
+) -> torch.Tensor:
+    """``act(x) * up`` (``act(x)`` where ``up`` is None) of [..., I], keeping both as FP8 groups.
+
+    Args:
+        x, up: BF16 or FP32, of one shape.
+        gate: Which activation, and how its input is kept.
+        share: Whether linears that read the result make its codes again from what is kept here.
+        demand: Says whether they want its codes at once.
+    """
+    if not (torch.is_grad_enabled() and (x.requires_grad or up is not None and up.requires_grad)):
+        rows = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, up))
+        return activation(*rows, act=gate.act).h.view(x.shape)
+    sources = [] if share and not torch.compiler.is_compiling() else None
+    h = _CoatActivation.apply(
+        x, up, gate.act, gate.group_size, gate.scale_format.dtype, None if sources is None else demand, sources
+    )
+    if sources:
+        sources[0].note_on(h)
+    return h
+
+
+_SETTINGS = 11  # arguments of _CoatMLP before its weights
+
+
+class _CoatMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, scale, keep, rebuild, caches, gate, grad_dtype, out_dtype, training, many, *tensors):
+        """``tensors`` are ``many`` first weights and the last one, their biases (or None), then what is kept of x."""
+        *firsts, down = tensors[: many + 1]
+        *first_biases, down_bias = tensors[many + 1 : 2 * (many + 1)]
+        kept = tensors[2 * (many + 1) :] or (codes,)
+        w_q, w_s = quantize_weights(firsts, Granularity.TOKEN, True, caches[0])
+        bias = first_biases[0] if many == 1 or first_biases[0] is None else torch.cat(first_biases)
+        first = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)  # [T, nI]
+        del w_q
+        width = down.shape[1]
+        made = activation(
+            first[:, :width], first[:, width:] if gate.gated else None, act=gate.act, values=False, codes=True,
+            group_size=gate.group_size if training else 0, scale_dtype=gate.scale_format.dtype,
+        )  # fmt: skip
+        del first
+        down_q, down_s = quantize_weights((down,), Granularity.TOKEN, True, caches[1])
+        y = scaled_mm(made.h_q, down_q, made.h_s, down_s, down_bias, out_dtype=out_dtype, fast_accum=True)
+        ctx.save_for_backward(
+            made.kept_q, made.kept_s, made.h_s, w_s, down_s, scale, *tensors[: many + 1], *(kept if keep else ())
+        )
+        ctx.x_shape, ctx.x_dtype, ctx.many, ctx.gate = x.shape, x.dtype, many, gate
+        ctx.rebuild, ctx.caches, ctx.grad_dtype = rebuild, caches, grad_dtype
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in (*first_biases, down_bias)]
+        return y.view(*x.shape[:-1], down.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        kept_q, kept_s, h_s, w_s, down_s, x_s, *rest = ctx.saved_tensors
+        firsts, down, kept = rest[: ctx.many], rest[ctx.many], rest[ctx.many + 1 :]
+        needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[_SETTINGS:]
+        needs_dw, needs_down = any(needs[: ctx.many]), needs[ctx.many]
+        how = {"act": ctx.gate.act, "gated": ctx.gate.gated, "group_size": ctx.gate.group_size}
+        dx, dws, ddown = None, [None] * ctx.many, None
+        dy = dy.reshape(-1, dy.shape[-1])
+
+        dy_q, _, dy_s = quantize(dy, ctx.grad_dtype, Granularity.TOKEN)
+        down_qt, top = transposed_weights((down,), down_s, ctx.caches[1])
+        dh = scaled_mm(dy_q, down_qt, dy_s, top, out_dtype=dy.dtype)  # [T, I]
+        del down_qt
+        if needs_down:
+            again = functools.partial(_codes_again, **how)
+            ddown = weight_gradient(dy_q, dy_s, None, h_s, (kept_q, kept_s), again, down.dtype)
+        needs_db = any(needs[ctx.many + 1 : 2 * ctx.many + 1])
+        _, d_q, d_s = activation_backward(dh, kept_q, kept_s, **how, codes=True, code_dtype=ctx.grad_dtype)
+        dbs = [None] * (ctx.many + 1)
+        if needs_db:
+            values, _, _ = activation_backward(dh, kept_q, kept_s, **how)
+            sizes = [w.shape[0] for w in firsts]
+            dbs[: ctx.many] = [part.sum(0, dtype=torch.float32) for part in values.split(sizes, dim=1)]
+            del values
+        if needs[2 * ctx.many + 1]:
+            dbs[-1] = dy.sum(0, dtype=torch.float32)
+        del dh, dy, dy_q
+        if needs_dx:
+            w_qt, top = transposed_weights(firsts, w_s, ctx.caches[0])
+            dx = scaled_mm(d_q, w_qt, d_s, top, out_dtype=ctx.x_dtype).view(ctx.x_shape)
+            del w_qt
+        if needs_dw:
+            dw = weight_gradient(d_q, d_s, None, x_s, kept, ctx.rebuild, firsts[0].dtype)
+            dws = dw.split([w.shape[0] for w in firsts]) if ctx.many > 1 else [dw]
+        dbs = [db if db is None else db.to(dtype) for db, dtype in zip(dbs, ctx.bias_dtypes, strict=True)]
+        return dx, *[None] * (_SETTINGS - 1), *dws, ddown, *dbs, *[None] * (len(needs) - 2 * (ctx.many + 1))
+
+
+def coat_mlp(
+    x: torch.Tensor,
+    firsts: Sequence[torch.Tensor],
+    down: torch.Tensor,
+    first_biases: Sequence[torch.Tensor | None],
+    down_bias: torch.Tensor | None,
+    gate: Gate,
+    *,
+    grad_format: Fp8Format = Fp8Format.E4M3,
+    caches: tuple[WeightCache | None, WeightCache | None] = (None, None),
+) -> torch.Tensor:
+    """A whole MLP in FP8, with scales per token: ``down(act(gate(x)) * up(x))``, or without ``up``.
+
+    Args:
+        x: BF16 or FP32 [..., H].
+        firsts: The weights of gate and up, [I, H] each; or one of [2I, H], gate above up; or one [I, H] without a
+            gate. All frozen or none.
+        down: [H, I].
+        first_biases: As many as ``firsts``; all None, or none.
+        down_bias: [H] or None.
+        gate: Which activation, and how gate and up are kept.
+        grad_format: Format of the codes of gradients.
+        caches: Where the codes of the first weights, and of ``down``, are kept over microbatches.
+    """
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *firsts, down))
+    keep = torch.is_grad_enabled() and firsts[0].requires_grad
+    quantized = quantize_input(x, Granularity.TOKEN, True, keep)
+    rebuild = None if quantized.source is None else quantized.source.rebuild
+    caches = caches if torch.is_grad_enabled() else (None, None)
+    return _CoatMLP.apply(
+        x, quantized.codes, quantized.scale, keep, rebuild, caches, gate, grad_format.dtype, compute_dtype(x),
+        training, len(firsts), *firsts, down, *first_biases, down_bias, *quantized.kept,
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""FP8 operands of matrix products: a linear's quantized input, what it is made from again, and quantized weights.
+
+A linear needs its input twice: as codes in the forward, and as transposed codes in the backward, for the weight
+gradient. What is kept in between need not be those codes. The layer that made the input (a norm, an activation, an
+attention) keeps tensors of its own for its own backward; where the input follows from them by element-wise
+arithmetic, its layer says so by a :class:`Source`, and the linear keeps nothing.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from coat_kernels import Granularity, quantize, transpose
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+E4M3 = torch.float8_e4m3fn
+
+
+class Demand:
+    """Whether anybody wants a layer's output as codes; the layer then makes them while it has the values at hand.
+
+    It changes no number: codes are the same whoever makes them.
+    """
+
+    codes = False
+
+
+@dataclass(eq=False)
+class Source:
+    """From what the transposed codes of a tensor can be made again, noted on that tensor by the layer that made it.
+
+    Args:
+        rebuild: ``rebuild(scale, *tensors)`` gives codes [K, round_up(T, 16)] at one scale, float32 [1, 1].
+        tensors: What it needs; the layer keeps them for its own backward anyway.
+        codes: Codes [T, K] with a power-of-two scale per token, if they are made already.
+        scale: Their scales, float32 [T, 1].
+        demand: Where to leave word that codes are wanted.
+    """
+
+    rebuild: Callable[..., torch.Tensor]
+    tensors: tuple[torch.Tensor | None, ...]
+    codes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    demand: Demand | None = None
+
+    def note_on(self, x: torch.Tensor) -> None:
+        """Leave this with ``x``, for as long as it lives unchanged; views of all of ``x`` have it too."""
+        base = x if x._base is None else x._base
+        base._coat_source = (base._version, x.storage_offset(), x.numel(), self)
+
+
+def source_of(x: torch.Tensor) -> Source | None:
+    """What :meth:`Source.note_on` left for exactly the values of ``x``."""
+    base = x if x._base is None else x._base
+    version, offset, numel, source = getattr(base, "_coat_source", (None,) * 4)
+    same = source is not None and (version, offset, numel) == (base._version, x.storage_offset(), x.numel())
+    return source if same and x.is_contiguous() else None
+
+
+@dataclass(eq=False)
+class QuantizedInput:
+    """FP8 twin of a linear's input: codes [T, K] and float32 scales [T, 1] or [1, 1]; and what its backward needs:
+    transposed codes [K, round_up(T, 16)], a source of them, or (neither) the codes themselves."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    transposed: torch.Tensor | None = None
+    source: Source | None = None
+
+    @property
+    def kept(self) -> tuple[torch.Tensor | None, ...]:
+        """What the backward of a linear keeps, beside the scale; nothing here means the codes."""
+        if self.source is not None:
+            return self.source.tensors
+        return () if self.transposed is None else (self.transposed,)
+
+
+def quantize_input(x: torch.Tensor, granularity: Granularity, power_of_two: bool, keep: bool) -> QuantizedInput:
+    """Quantize a linear's input ``x`` [..., K]; linears that read the same tensor share one result.
+
+    The result stays with the tensor object for as long as that lives unchanged: q, k and v (or gate and up) then keep
+    one FP8 copy between them, as they keep one BF16 copy without COAT.
+    """
+    # A compiler merges equal calls by itself. Under a frozen weight somebody else may keep x, and our codes with it,
+    # in vain.
+    shareable = not (torch.compiler.is_compiling() or x.is_inference()) and (keep or not torch.is_grad_enabled())
+    key = (granularity, power_of_two, x._version, keep) if shareable else None
+    if shareable and getattr(x, "_coat_quantized", (None,))[0] == key:
+        return x._coat_quantized[1]
+    source = None if torch.compiler.is_compiling() or x.is_inference() else source_of(x)
+    with torch.no_grad():
+        if source is not None and granularity == Granularity.TOKEN and source.codes is not None:
+            quantized = QuantizedInput(source.codes, source.scale)
+        else:
+            if source is not None and source.demand is not None and granularity == Granularity.TOKEN:
+                source.demand.codes = True
+            transposed = keep and granularity == Granularity.TENSOR and source is None
+            x_q, x_qt, x_s = quantize(x, E4M3, granularity, power_of_two=power_of_two, transposed=transposed)
+            quantized = QuantizedInput(x_q, x_s, x_qt)
+    quantized.source = source if keep else None
+    if shareable:
+        x._coat_quantized = (key, quantized)
+    return quantized
+
+
+class WeightCache:
+    """The codes of a linear's weights, kept over the microbatches of an optimizer step: a byte per value.
+
+    They are kept from the moment on that gradients accumulate, and serve the forward and, transposed, the backward.
+    They are dropped when any torch optimizer steps, and not used for weights whose version counter or address is not
+    what it was. An edit through ``.data`` moves neither; before any optimizer has stepped nothing is kept, so loops
+    that update their weights in that way by hand never meet old codes.
+    """
+
+    _all: "weakref.WeakSet[WeightCache]" = weakref.WeakSet()
+    _stepped = False
+
+    def __init__(self):
+        self.clear()
+        self._all.add(self)
+
+    def clear(self) -> None:
+        self._key = self._codes = None
+
+    @classmethod
+    def clear_all(cls, *_) -> None:
+        """Forget all codes; runs after each step of any torch optimizer."""
+        cls._stepped = True
+        for cache in cls._all:
+            cache.clear()
+
+    def find(self, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Codes and scales of ``weights`` as they are now, if they are kept."""
+        return self._codes if self._codes is not None and self._key == self._state(weights) else None
+
+    def keep(self, weights: Sequence[torch.Tensor], codes: torch.Tensor, scale: torch.Tensor) -> None:
+        self.clear()
+        if self._stepped and all(w.grad is not None for w in weights):
+            self._key, self._codes = self._state(weights), (codes, scale)
+
+    @staticmethod
+    def _state(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+        return [(w.data_ptr(), w._version) for w in weights]
+
+    def __deepcopy__(self, memo):
+        return WeightCache()
+
+    def __reduce__(self):
+        return WeightCache, ()
+
+
+register_optimizer_step_post_hook(WeightCache.clear_all)
+
+
+def quantize_weights(
+    weights: Sequence[torch.Tensor], granularity: Granularity, power_of_two: bool, cache: WeightCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other."""
+    found = None if cache is None else cache.find(weights)
+    if found is None:
+        codes, _, scale = quantize(_one_or_all(weights), E4M3, granularity, power_of_two=power_of_two)
+        found = codes, scale
+        if cache is not None:
+            cache.keep(weights, codes, scale)
+    return found
+
+
+def transposed_weights(
+    weights: Sequence[torch.Tensor], scale: torch.Tensor, cache: WeightCache | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transposed codes [K, round_up(N, 16)] and their one scale [1, 1]; ``scale`` is what :func:`quantize_weights`
+    gave. The input gradient adds up over N, which therefore has one scale: the largest."""
+    found = None if cache is None else cache.find(weights)
+    if found is not None:
+        codes, top = transpose(found[0], scale if scale.shape[0] > 1 else None)
+        return codes, scale if top is None else top
+    top = scale if scale.shape[0] == 1 else scale.amax(dim=(0, 1), keepdim=True)
+    _, codes, _ = quantize(_one_or_all(weights), E4M3, Granularity.TENSOR, scale=top, codes=False, transposed=True)
+    return codes, top
+
+
+def _one_or_all(tensors: Sequence[torch.Tensor]) -> torch.Tensor | Sequence[torch.Tensor]:
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
