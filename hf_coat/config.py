@@ -28,10 +28,10 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 class Keep(str, enum.Enum):
     """Activation policies: what a norm, an MLP or an attention keeps for its backward.
 
-    ``lean``: FP8 groups of a norm's input, of an MLP's gate and up, of an attention's q, k, v and output; everything
-    else comes back from those by element-wise arithmetic. ``paper``: as COAT's paper, FP8 groups of what norms and
-    activations read, beside the FP8 inputs of all linears; attentions keep what they always do. ``bf16``: nothing of
-    this kind, only the linears' inputs are in FP8.
+    ``lean``: FP8 groups of a norm's input, of an MLP's gate and up, of an attention's q, k and v; everything else
+    comes back from those by element-wise arithmetic, and by computing the attention again. ``paper``: as COAT's
+    paper, FP8 groups of what norms and activations read, beside the FP8 inputs of all linears; attentions keep what
+    they always do. ``bf16``: nothing of this kind, only the linears' inputs are in FP8.
     """
 
     LEAN = "lean"
@@ -116,8 +116,9 @@ class CoatConfig(QuantizationConfigMixin):
         modules_to_not_convert: Modules to leave alone: parts of their dotted names, or patterns with ``*``.
         activations: What is kept for the backward, see :class:`Keep`: one policy, or a dict from ``"norm"``,
             ``"mlp"``, ``"attention"`` or a pattern as in ``modules_to_not_convert`` to one; the last entry that
-            matches a module holds, and where none does ``"lean"``. ``{"attention": "bf16"}`` is lean without FP8 in
-            the attention.
+            matches a module holds, and where none does ``"lean"``. The default, ``{"attention": "bf16"}``, is lean
+            without FP8 in the attention; ``"lean"`` saves that memory too, for an attention computed twice and
+            gradients from rounded q and k.
         group_size: Consecutive values of a token that share a scale in what is kept: 16, 32, 64, 128 or 256.
         scale_format: How those scales are kept: ``"e8m0"`` (a byte, a power of two), ``"bfloat16"``, ``"float32"``.
         cache_weights: Whether the codes of weights are kept over the microbatches of an optimizer step, while
@@ -135,7 +136,7 @@ class CoatConfig(QuantizationConfigMixin):
     power_of_two: bool = True
     grad_format: Fp8Format = Fp8Format.E4M3
     modules_to_not_convert: list[str] | None = None
-    activations: str | dict[str, str] = "lean"
+    activations: str | dict[str, str] = field(default_factory=lambda: {"attention": "bf16"})
     group_size: int = 128
     scale_format: ScaleFormat = ScaleFormat.E8M0
     cache_weights: bool = True

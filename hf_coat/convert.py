@@ -226,7 +226,7 @@ def _mlp_text(state: MLPState, config: CoatConfig) -> str:
 
 def _attention_text(state: AttentionState, config: CoatConfig) -> str:
     what = f"in {_groups(config)}" if state.keep is Keep.LEAN else "as they are"
-    return f"CoatAttention: q, k, v and output {what}{', fused rotary embedding' if state.rotary else ''}"
+    return f"CoatAttention: q, k and v {what}{', fused rotary embedding' if state.rotary else ''}"
 
 
 # Kind of module, as in CoatConfig.activations -> how it is recognised, what it becomes, what the report says.

@@ -1,4 +1,4 @@
-"""Attention modules of any model that keep q, k, v and their output as FP8 groups, and rotate q and k in one pass."""
+"""Attention modules of any model that keep q, k and v as FP8 groups, and rotate q and k in one pass."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ class AttentionState:
     """What is done in an attention module.
 
     Args:
-        keep: The activation policy: "lean" keeps FP8 groups, else q, k, v and the output stay as they are.
+        keep: The activation policy: "lean" keeps FP8 groups, else what the attention's kernel keeps stays as it is.
         rotary: Whether its rotary embedding runs as one kernel.
     """
 
@@ -61,17 +61,16 @@ class _Registry:
 
 
 def attend(interface: Callable, module: CoatAttention, query, key, value, *args, **kwargs):
-    """Run an attention function of transformers' registry (sdpa, flash attention) and keep what it saves in FP8.
+    """Run an attention function of transformers' registry (sdpa, flash attention) and keep what it needs in FP8.
 
-    A bias that is added to the scores would have to be told from what is kept; where there is one nothing changes.
+    Dropout would be another one the second time; where there is some nothing changes.
     """
-    if kwargs.get("position_bias") is not None:
+    if kwargs.get("dropout"):
         return interface(module, query, key, value, *args, **kwargs)
     rest = []
 
-    def call():
-        out, *more = interface(module, query, key, value, *args, **kwargs)
-        rest.extend(more)
+    def call(*states):
+        out, *rest[:] = interface(module, *states, *args, **kwargs)
         return out
 
     config, state = module.coat, module.coat_state

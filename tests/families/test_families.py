@@ -31,7 +31,7 @@ from transformers import (
 import hf_coat
 from hf_coat import CoatConfig
 
-CONFIG = CoatConfig()
+CONFIG = CoatConfig(activations="lean")
 KINDS = ("linear", "norm", "mlp", "attention")
 
 ROUNDING = 2.0**-4  # the largest relative error of rounding to E4M3, with its 3 bits of mantissa

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_coat
 from hf_coat import CoatConfig
-from hf_coat.functional import Gate, WeightCache, coat_activation, coat_norm, operands
+from hf_coat.functional import Gate, WeightCache, coat_activation, coat_norm, keep_attention, operands
 from hf_coat.memory import predict
-from hf_coat.modules import CoatLinear
+from hf_coat.modules import CoatAttention, CoatLinear
 
 E4M3 = torch.float8_e4m3fn
+EVERYTHING = CoatConfig(activations="lean")
 
 
 def llama(dtype=torch.float32, device="cpu", **changes):
@@ -142,57 +143,90 @@ def test_activation_policies_order_as_they_promise():
 
 
 def test_lean_keeps_what_the_arithmetic_says():
-    """Per token, in bytes with groups of 128: 1 + 1/128 for a norm's input, q, k, v, the output, gate and up; 4 for
-    each per-token scale and root mean square, and for the log-sum-exp of each head."""
+    """Per token, in bytes: with groups of 128, 1 + 1/128 for a norm's input, q, k, v, gate and up; 1 for the attention's
+    output, 4 for each scale of a token and each root mean square."""
     layers, tokens, hidden, inner, heads = 2, 128, 256, 512, 4
     changes = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
     few = llama(torch.bfloat16, **{**changes, "num_key_value_heads": heads})
     many = llama(torch.bfloat16, **{**changes, "num_key_value_heads": heads, "num_hidden_layers": layers + 2})
     for model in (few, many):
-        hf_coat.apply_coat(model)
+        hf_coat.apply_coat(model, EVERYTHING)
     per_layer = (kept_bytes(many, (1, tokens)) - kept_bytes(few, (1, tokens))) / 2
-    groups = (6 * hidden + 2 * inner) * (1 + 1 / 128)
-    scales = (
-        4 * (2 + 2 + 1 + 1) + 4 * heads
-    )  # norms: rstd and codes' scale; o_proj's and down_proj's input; log-sum-exp
+    groups = (5 * hidden + 2 * inner) * (1 + 1 / 128) + hidden
+    scales = 4 * (2 + 2 + 1 + 1)  # norms: rstd and the codes' scale; o_proj's and down_proj's input
     weights = 4 * (3 * hidden + hidden + 2 * inner + hidden)  # scales of weights, once
     assert per_layer == pytest.approx(tokens * (groups + scales) + weights, rel=0.02)
 
 
 def test_checkpointing_and_offloading_see_fp8(device):
     model = llama(device=device)
-    hf_coat.apply_coat(model)
+    hf_coat.apply_coat(model, EVERYTHING)
     loss, grads = gradients(model, **batch(device))
     sizes = []
 
     def pack(t):
-        sizes.append((t.dtype, t.dim(), t.shape[-1:]))
+        sizes.append((t.dtype, t.dim()))
         return t.cpu()
 
+    model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t.to(device)):
-        offloaded = gradients(model, **batch(device))
-    assert not any(dtype == torch.float32 and (dim, width) == (4, (16,)) for dtype, dim, width in sizes), (
-        "q, k, v and the output are FP8"
-    )
+        value = model(**batch(device)).loss
+    value.backward()
+    offloaded = value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert not any(dtype == torch.float32 and dim == 4 for dtype, dim in sizes), "q, k and v are FP8"
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     for other in (offloaded, gradients(model, **batch(device))):
         assert other[0] == loss and all(torch.equal(other[1][name], g) for name, g in grads.items())
 
 
-@pytest.mark.parametrize("device_mask", [True, False])
-def test_padding_masks(device, device_mask):
-    """With a mask the attention is another kernel, whose mask is no value to keep in FP8."""
-    inputs = batch(device, 16)  # as many keys as a head has values
+@pytest.mark.parametrize("activations", ["lean", {"attention": "bf16"}])
+@pytest.mark.parametrize("padded", [True, False])
+def test_padding_masks(device, padded, activations):
+    inputs = batch(device, 16)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if device_mask:
+    if padded:
         inputs["attention_mask"][:, :3] = 0
     plain = llama(device=device)
     loss, grads = gradients(plain, **inputs)
-    hf_coat.apply_coat(plain)
+    hf_coat.apply_coat(plain, CoatConfig(activations=activations))
     ours, quantized = gradients(plain, **inputs)
     assert ours == pytest.approx(loss, rel=2e-3)
     assert all(relative(quantized[name], g) < 0.2 for name, g in grads.items())
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_attention_gradients(device, fp8):
+    """They are the exact gradients at q, k and v as they are kept, however large the scores."""
+    q, k, v = (torch.randn(2, 9, 3, 16, device=device).mul_(3).transpose(1, 2).requires_grad_() for _ in range(3))
+    dy = torch.randn(2, 9, 3, 16, device=device)
+
+    def attend(q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+    out = keep_attention(attend, q, k, v, fp8=fp8, group_size=16)
+    assert torch.equal(out, attend(q, k, v))
+    out.backward(dy)
+    kept = []
+    for t in (q, k, v):
+        groups = ck.quantize(t.detach().transpose(1, 2), E4M3, "group", group_size=16, scale_dtype=torch.uint8)[::2]
+        rounded = ck.dequantize(*groups, group_size=16, dtype=torch.float32).view(2, 9, 3, 16).transpose(1, 2)
+        kept.append((rounded if fp8 else t.detach()).double().requires_grad_())
+    attend(*kept).backward(dy.double())
+    for t, exact in zip((q, k, v), kept, strict=True):
+        assert relative(t.grad, exact.grad) < 1e-5
+
+
+def test_the_output_projection_keeps_what_the_attention_holds(device):
+    """In the attention's own dtype its output is there twice otherwise: a byte a value for the linear behind it."""
+    model = llama(torch.bfloat16, hidden_size=256, intermediate_size=256)
+    hf_coat.apply_coat(model)
+    shared = kept_bytes(model, (1, 128))
+    for module in model.modules():
+        if isinstance(module, CoatAttention):  # whose output says nothing then
+            module.register_forward_hook(lambda *_: None)
+            module.o_proj.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
+    assert kept_bytes(model, (1, 128)) - shared == 2 * 128 * 256
 
 
 # --- the functions against float64 of the same mathematics ---
