@@ -143,8 +143,8 @@ def test_activation_policies_order_as_they_promise():
 
 
 def test_lean_keeps_what_the_arithmetic_says():
-    """Per token, in bytes: 1 + 1/128 for a norm's input, q, k, v, gate and up, in groups of 128; 1 for the output of the
-    attention; 4 for each scale of a token and each root mean square."""
+    """Bytes per token: 1 + 1/128 for a norm's input, q, k, v, gate and up, in groups of 128; 1 for the attention's
+    output; 4 for each scale of a token and each root mean square."""
     layers, tokens, hidden, inner, heads = 2, 128, 256, 512, 4
     changes = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
     few = llama(torch.bfloat16, **{**changes, "num_key_value_heads": heads})
