@@ -87,7 +87,7 @@ def test_train_save_reload(plain_folder, tmp_path, tools):
             "power_of_two": True,
             "grad_format": "e4m3",
             "modules_to_not_convert": ["k_proj"],
-            "activations": "lean",
+            "activations": {"attention": "bf16"},
             "group_size": 128,
             "scale_format": "e8m0",
             "cache_weights": True,
