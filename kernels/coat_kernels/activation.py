@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 
 from ._registry import register
-from .formats import FP8_DTYPES, SCALE_DTYPES, encode, pack_scale, round_up, scale_from_amax, unpack_scale
-from .quantize import SOURCE_DTYPES, _per_value, _transposed
+from .formats import FP8_DTYPES, SCALE_DTYPES, Granularity, encode, round_up, unpack_scale
+from .quantize import SOURCE_DTYPES, _per_value, _transposed, quantize_ref
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "identity")
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -72,19 +72,13 @@ def value_and_slope(x: torch.Tensor, act: str) -> tuple[torch.Tensor, torch.Tens
 
 def _token_codes(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of ``quantize(x, dtype, "token")``."""
-    scale = scale_from_amax(x.float().abs().amax(dim=1, keepdim=True), dtype, power_of_two=True)
-    return encode(x.float(), 1.0 / scale, dtype), scale
+    return quantize_ref(x, dtype, Granularity.TOKEN, 0, True, None, True, False)[::2]
 
 
 def _keep(x: torch.Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [T, W] and stored scales [T, ceil(W / G)] of groups of ``x``."""
-    tokens, width = x.shape
-    x = x.float()
-    groups = -(-width // group_size)
-    padded = torch.nn.functional.pad(x, (0, groups * group_size - width))
-    amax = padded.view(tokens, groups, group_size).abs().amax(dim=2)
-    stored = pack_scale(scale_from_amax(amax, E4M3, power_of_two=scale_dtype == torch.uint8), scale_dtype)
-    return encode(x, _per_value(1.0 / unpack_scale(stored), width, group_size), E4M3), stored
+    power_of_two = scale_dtype == torch.uint8
+    return quantize_ref(x, E4M3, Granularity.GROUP, group_size, power_of_two, None, True, False, scale_dtype)[::2]
 
 
 def _restore(kept_q, kept_s, gated: bool, group_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
