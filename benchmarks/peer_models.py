@@ -37,14 +37,14 @@ class Peer:
         patch: Called before the model is made.
         convert: Called with the model, which it changes in place.
         compiled: Whether torch.compile compiles the model.
-        preset: For the Trainer, what ``TrainingArguments(coat=...)`` is.
+        recipe: What ``TrainingArguments(coat=...)`` is.
         own_layer: Makes a module of the peer's own in place of transformers' layer, from the config and the length.
     """
 
     patch: Callable[[], None] | None = None
     convert: Callable[[nn.Module], object] | None = None
     compiled: bool = False
-    preset: str | None = None
+    recipe: str | dict | None = None
     own_layer: Callable[[LlamaConfig, int], nn.Module] | None = None
 
 
@@ -68,14 +68,13 @@ def _torchao(model: nn.Module) -> None:
     convert_to_float8_training(model, module_filter_fn=lambda module, name: "lm_head" not in name)
 
 
-def _coat(preset: str) -> Peer:
+def _coat(recipe: str | dict) -> Peer:
     def convert(model):
         import hf_coat
-        from hf_coat.config import PRESETS
 
-        return hf_coat.apply_coat(model, PRESETS[preset].model)
+        return hf_coat.apply_coat(model, hf_coat.HfCoatConfig.resolve(recipe).model)
 
-    return Peer(convert=convert, preset=preset)
+    return Peer(convert=convert, recipe=recipe)
 
 
 class _TransformerEngineLayer(nn.Module):
@@ -148,9 +147,10 @@ PEERS = {
     "te": Peer(own_layer=_TransformerEngineLayer),
     "nvcoat": Peer(own_layer=_NvidiaCoatLayer),
     "lean": _coat("lean"),
+    "lean-attention": _coat({"model": {"activations": "lean"}}),  # the attentions' q, k and v in FP8 too
     "paper": _coat("paper"),
 }
-OURS = tuple(name for name, peer in PEERS.items() if peer.preset)
+OURS = tuple(name for name, peer in PEERS.items() if peer.recipe)
 
 
 def attention(backend: str) -> AbstractContextManager:

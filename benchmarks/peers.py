@@ -141,10 +141,10 @@ def run_step(name: str, options) -> dict:
     from peer_models import StepClock
 
     peer, kind, recipe = PEERS[name], transformers.TrainingArguments, {"optim": "adamw_torch_fused"}
-    if peer.preset:
+    if peer.recipe:
         import hf_coat
 
-        kind, recipe = hf_coat.TrainingArguments, {"coat": peer.preset}
+        kind, recipe = hf_coat.TrainingArguments, {"coat": peer.recipe}
     config = llama_config(options.size, options.layers, options.length, options.vocabulary)
     model = causal_lm(name, config, DEVICE, compile=False)
     ids = random_ids(options.steps * options.batch, options.length, vocabulary=options.vocabulary).cpu()
@@ -271,15 +271,16 @@ class Case:
 
 CASES = {
     "layer": Case(
-        run_layer, ("bf16", "bf16-compile", "liger", "torchao", "te", "nvcoat", "lean", "paper"),
+        run_layer, ("bf16", "bf16-compile", "liger", "torchao", "te", "nvcoat", "lean", "lean-attention", "paper"),
         batch=8, length=2048, layers=1, iterations=20, tiny={"batch": 2, "length": 16, "iterations": 2},
     ),
     "stack": Case(
-        run_stack, ("bf16", "bf16-compile", "liger", "torchao", "lean", "paper"),
+        run_stack, ("bf16", "bf16-compile", "liger", "torchao", "lean", "lean-attention", "paper"),
         batch=4, length=2048, layers=16, tiny={"batch": 2, "length": 16, "layers": 2, "iterations": 2},
     ),
     "step": Case(
-        run_step, ("bf16", "liger", "lean", "paper"), batch=4, length=2048, layers=32, steps=12, warmup=4,
+        run_step, ("bf16", "liger", "lean", "lean-attention", "paper"), batch=4, length=2048, layers=32, steps=12,
+        warmup=4,
         tiny={"batch": 2, "length": 16, "layers": 2, "steps": 4, "warmup": 2},
     ),
     "small": Case(

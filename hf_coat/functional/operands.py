@@ -159,7 +159,8 @@ def quantize_weights(
     """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other."""
     found = None if cache is None else cache.find(weights)
     if found is None:
-        codes, _, scale = quantize(_one_or_all(weights), E4M3, granularity, power_of_two=power_of_two)
+        dither = granularity == Granularity.TOKEN and power_of_two
+        codes, _, scale = quantize(_one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, dither=dither)
         found = codes, scale
         if cache is not None:
             cache.keep(weights, codes, scale)

@@ -25,6 +25,7 @@ from .formats import (
     SCALE_DTYPES,
     SMALLEST_NORMAL,
     Granularity,
+    dither_factor,
     encode,
     pack_scale,
     round_up,
@@ -65,7 +66,7 @@ def joint_shape(parts: Sequence[torch.Tensor], dim: int) -> tuple[int, int]:
     return tokens, width
 
 
-def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim):
+def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither):
     first = parts[0]
     if first.dtype not in SOURCE_DTYPES:
         raise TypeError(f"quantize: x is {first.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
@@ -95,6 +96,11 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
             raise ValueError(f"quantize: scale_dtype is {scale_dtype}, expected torch.float32 for {granularity!r}")
         if scale_dtype == torch.uint8 and not power_of_two:
             raise ValueError("quantize: power_of_two is False, but E8M0 scales (torch.uint8) are powers of two")
+    if dither and (granularity != Granularity.TOKEN or not power_of_two or scale is not None or dim != 0):
+        raise ValueError(
+            f"quantize: dither is for measured power-of-two scales per token of rows, but granularity is "
+            f"{granularity!r}, power_of_two {power_of_two}, dim {dim} and scale {'None' if scale is None else 'given'}"
+        )
     if scale is not None:
         shape = joint_shape(parts, dim)
         expected = scale_shape(*shape, granularity, group_size)
@@ -106,8 +112,9 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
 
 
 def quantize_ref(
-    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype=torch.float32, dim=0
-):
+    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype=torch.float32, dim=0,
+    dither=False,
+):  # fmt: skip
     x = (x if isinstance(x, torch.Tensor) else torch.cat(list(x), dim)).float()
     tokens, width = x.shape
     if scale is None:
@@ -121,7 +128,8 @@ def quantize_ref(
         else:
             padded = torch.nn.functional.pad(magnitude, (0, -width % group_size))
             amax = padded.view(tokens, -1, group_size).amax(dim=2)
-        scale = new_scale = pack_scale(scale_from_amax(amax, dtype, power_of_two), scale_dtype)
+        factor = dither_factor(x[-1]) if dither and tokens else None
+        scale = new_scale = pack_scale(scale_from_amax(amax, dtype, power_of_two, factor), scale_dtype)
     else:
         new_scale = x.new_empty(0, dtype=scale_dtype)
     x_q = encode(x, _per_value(1.0 / unpack_scale(scale), width, group_size), dtype)
@@ -129,7 +137,9 @@ def quantize_ref(
     return x_q if codes else nothing, _transposed(x_q) if transposed else nothing.clone(), new_scale
 
 
-def _quantize_fake(parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim):
+def _quantize_fake(
+    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither
+):
     tokens, width = joint_shape(parts, dim)
     shape = scale_shape(tokens, width, granularity, group_size)
     x = parts[0]
@@ -142,7 +152,7 @@ def _quantize_fake(parts, dtype, granularity, group_size, power_of_two, scale, c
 
 _quantize = register(
     "quantize(Tensor[] x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
-    "bool codes, bool transposed, ScalarType scale_dtype, int dim) -> (Tensor, Tensor, Tensor)",
+    "bool codes, bool transposed, ScalarType scale_dtype, int dim, bool dither) -> (Tensor, Tensor, Tensor)",
     quantize_ref,
     _quantize_fake,
     "quantize_triton:quantize",
@@ -161,6 +171,7 @@ def quantize(
     transposed: bool = False,
     scale_dtype: torch.dtype = torch.float32,
     dim: int = 0,
+    dither: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Quantize ``x`` to FP8: ``x ≈ x_q * x_s``, ``x_s = amax / largest``, rounded up to a power of two if asked.
 
@@ -178,6 +189,8 @@ def quantize(
         scale_dtype: How the scales of groups are stored: ``torch.float32``, ``torch.bfloat16`` or ``torch.uint8`` for
             E8M0, which needs ``power_of_two``. The codes belong to the stored scale.
         dim: Along what several tensors are joined: 0 for rows (tokens), 1 for columns (one scale for a token of all).
+        dither: Multiply the power-of-two scales of all tokens by one factor in [1, 2) that changes with the values
+            (formats.dither_factor): for weights, which are much the same from step to step.
 
     Returns:
         ``(x_q, x_qt, x_s)``: codes [T, H], transposed codes [H, round_up(T, 16)] with zeros beyond T, and scales,
@@ -194,9 +207,9 @@ def quantize(
         parts = tuple(part.reshape(-1, part.shape[-1]) for part in x)
     else:
         raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
-    _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim)
+    _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither)
     x_q, x_qt, x_s = _quantize(
-        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim
+        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither
     )
     return x_q if codes else None, x_qt if transposed else None, x_s if scale is None else scale
 
@@ -265,13 +278,13 @@ _transpose = register(
 def transpose(x_q: torch.Tensor, x_s: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Transpose codes [T, H]; with a scale per token, move them to one scale on the way, the largest of the scales.
 
-    With power-of-two scales nothing is rounded again, except what falls below the format's smallest normal number
-    under the common scale: a token 2**15 (E4M3) smaller than the largest one begins to lose bits, as it would have
-    lost them under a scale per tensor.
+    Where the ratios of the scales are powers of two nothing is rounded again, except what falls below the format's
+    smallest normal number under the common scale: a token 2**15 (E4M3) smaller than the largest one begins to lose
+    bits, as it would have lost them under a scale per tensor.
 
     Args:
         x_q: FP8 codes [T, H].
-        x_s: Power-of-two scales [T, 1], or None to leave the codes as they are.
+        x_s: Scales [T, 1] whose ratios are powers of two, or None to leave the codes as they are.
 
     Returns:
         Codes [H, round_up(T, 16)] with zeros beyond T, and their scale [1, 1], or None without ``x_s``.

@@ -13,6 +13,7 @@ from .formats import MAX_EXPONENT, round_up
 from .quantize import joint_shape, scale_shape
 from .tiles_triton import (
     INTERPRETED,
+    dither_factor,
     magnitude_bits,
     pack_scale,
     scale_from_bits,
@@ -82,11 +83,12 @@ def _quantize_tiles_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _quantize_tokens_kernel(
-    x_ptr, s_ptr, q_ptr, tokens, width, stride,
-    EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    x_ptr, last_ptr, s_ptr, q_ptr, tokens, width, stride,
+    EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, DITHER: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Scales and codes of BLOCK_T whole tokens. A row wider than a block is read twice, the second time from cache."""
+    """Scales and codes of BLOCK_T whole tokens. A row wider than a block is read twice, the second time from cache.
+    With DITHER the scales are multiplied by the factor that the row at last_ptr gives."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.arange(0, BLOCK_H)[None, :]
     row, q_row = x_ptr + t[:, None] * stride, q_ptr + t[:, None] * width
@@ -99,7 +101,7 @@ def _quantize_tokens_kernel(
         for h0 in tl.range(0, width, BLOCK_H):
             x = tl.load(row + h0 + h, mask=here & (h0 + h < width), other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.max(magnitude_bits(x), axis=1))
-    s = scale_from_bits(amax, EMAX, POWER_OF_TWO)
+    s = scale_from_bits(amax, EMAX, POWER_OF_TWO, dither_factor(last_ptr, width) if DITHER else 1.0)
     tl.store(s_ptr + t, s, mask=t < tokens)
     inverse = tl.div_rn(1.0, s)[:, None]
     if ONE_BLOCK:
@@ -212,7 +214,7 @@ def _transpose_kernel(
     if MOVE:
         # products of scales may have underflowed; a NaN scale makes all codes NaN
         top = tl.maximum(tl.load(top_ptr), 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
-        ratio = tl.load(s_ptr + t, mask=t < tokens, other=0.0) * tl.div_rn(1.0, top)  # exact, for powers of two
+        ratio = tl.div_rn(tl.load(s_ptr + t, mask=t < tokens, other=0.0), top)  # exact, for a power of two
         q = bits.to(tl.float8e4nv if EMAX == 8 else tl.float8e5, bitcast=True).to(tl.float32)
         if INTERPRETED:  # which decodes NaN codes to numbers
             q = tl.where((bits & 0x7F) > (0x7E if EMAX == 8 else 0x7C), float("nan"), q)
@@ -261,7 +263,9 @@ def _pieces(x, x_q, x_qt, x_s):
         begin = end
 
 
-def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim):
+def quantize(
+    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither=False
+):
     tokens, width = joint_shape(x, dim)
     emax, given, device = MAX_EXPONENT[dtype], scale is not None, x[0].device
     if len(x) > 1:
@@ -294,8 +298,9 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
         block_t = max(1, 4096 // block_h)
         for part, q, _, s, _ in pieces:
             _quantize_tokens_kernel[(ceil_div(part.shape[0], block_t),)](
-                part, s, q, part.shape[0], width, part.stride(0),
-                EMAX=emax, POWER_OF_TWO=power_of_two, ONE_BLOCK=width <= block_h, BLOCK_T=block_t, BLOCK_H=block_h,
+                part, x[-1][-1] if dither else part, s, q, part.shape[0], width, part.stride(0),
+                EMAX=emax, POWER_OF_TWO=power_of_two, DITHER=dither, ONE_BLOCK=width <= block_h,
+                BLOCK_T=block_t, BLOCK_H=block_h,
             )  # fmt: skip
     else:
         if granularity == "tensor" and not given:

@@ -66,7 +66,7 @@ class Counter:
 # --- one quantized copy ---
 
 
-def test_q_k_and_v_are_one_product_and_alone_the_same_numbers(device, monkeypatch):
+def test_q_k_and_v_are_one_product_and_alone_the_same_linears(device, monkeypatch):
     products = Counter(monkeypatch, hf_coat.functional.linear, "scaled_mm")
     model, alone = llama(device=device), llama(device=device)
     hf_coat.apply_coat(model)
@@ -80,8 +80,8 @@ def test_q_k_and_v_are_one_product_and_alone_the_same_numbers(device, monkeypatc
     # A layer's attention: forward, input gradient and weight gradient of qkv and of o; 3 + 3, against 9 + 3. The MLP's
     # two weight gradients are counted here too.
     assert (len(products) - together) - together == 2 * 6
-    assert loss == pytest.approx(loss_alone, rel=1e-5)
-    for name, grad in grads.items():  # one scale per token for three gradients, against one each
+    assert loss == pytest.approx(loss_alone, rel=1e-3)
+    for name, grad in grads.items():  # one scale per token for three gradients and one grid for three weights
         assert relative(grad, grads_alone[name]) < 0.1, name
 
 
@@ -91,13 +91,9 @@ def test_followers_called_with_another_tensor_compute_for_themselves(device):
     attention = model.model.layers[0].self_attn
     x, other = (torch.randn(3, 64, device=device) for _ in range(2))
     attention.q_proj(x)
-    expected = ck.scaled_mm(
-        *(
-            t
-            for pair in zip(*(ck.quantize(t.detach())[::2] for t in (other, attention.k_proj.weight)), strict=True)
-            for t in pair
-        )
-    )
+    x_q, _, x_s = ck.quantize(other)
+    w_q, _, w_s = ck.quantize(attention.k_proj.weight.detach(), dither=True)
+    expected = ck.scaled_mm(x_q, w_q, x_s, w_s)
     torch.testing.assert_close(attention.k_proj(other), expected.float(), rtol=2**-7, atol=1e-6)
     changed = attention.v_proj(x.mul_(2.0))  # the same tensor, but not what q_proj has read
     assert relative(changed, attention.v_proj(x.clone())) < 1e-6
@@ -292,8 +288,9 @@ def test_the_fused_mlp_is_the_mlp_of_its_parts(device):
         return [y.detach(), x.grad, *(p.grad for p in mlp.parameters())]
 
     for fused, parts in zip(run(False), run(True), strict=True):
-        # Apart by one FP8 rounding of the gradients of gate and up, which share a scale per token in one case.
-        assert relative(fused, parts) < 0.05
+        # Apart by an FP8 rounding of the gradients and one of the weights of gate and up (2.6 % each), which share
+        # their scales in one case, in each of the two weights that a value has passed.
+        assert relative(fused, parts) < 0.08
 
 
 # --- weights ---

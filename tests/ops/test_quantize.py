@@ -118,6 +118,45 @@ def test_rows_of_several_tensors(twin, device, tokens, width, granularity, group
         same_codes(actual[1], expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("widths", [(300, [5]), (64, [7, 33]), (4100, [2, 1])])
+def test_dither(twin, device, widths, dtype):
+    """One factor for all rows, also of several tensors; every amax fits, and no scale is more than twice too large."""
+    width, rows = widths
+    parts = [sample(n, width, dtype) for n in rows]
+    rest = (E4M3, "token", 0, True, None, True, False, torch.float32, 0, True)
+    expected = quantize_ref(torch.cat(parts), *rest)
+    actual = twin.quantize([part.to(device) for part in parts], *rest)
+    assert torch.equal(actual[2].cpu(), expected[2])
+    same_codes(actual[0], expected[0])
+    factor = torch.frexp(expected[2])[0] * 2
+    assert (factor == factor[0]).all() and factor[0] != 1
+    used = torch.cat(parts).float().abs().amax(1, keepdim=True) / expected[2]
+    assert (used <= 448).all() and (used > 224).all()
+
+
+def test_dither_follows_the_values(device):
+    """Equal values have equal codes, and so have their multiples by powers of two. Values that change a little are
+    rounded on another grid each time, and what is lost averages out; on the grid of powers of two it stays."""
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
+    first, _, s = ck.quantize(w, dither=True)
+    again, _, twice = ck.quantize(w * 2, dither=True)
+    assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)) and torch.equal(s * 2, twice)
+
+    def error(**options):
+        total = torch.zeros_like(w)
+        for i in range(64):
+            moved = w * (1 + i * 1e-6)
+            q, _, s = ck.quantize(moved, **options)
+            total += ck.dequantize(q, s, dtype=torch.float32) - moved
+        return ((total / 64).norm() / w.norm()).item()
+
+    # Errors independent of each other would leave 1/8 of that of one; a quarter allows for those that are not.
+    assert error(dither=True) < error() / 4
+    with pytest.raises(ValueError, match="dither"):
+        ck.quantize(w, granularity="tensor", dither=True)
+
+
 # Columns: equal ones, those of a grouped attention, awkward ones, an empty part, more than one launch takes, no token
 COLUMNS = [(5, (64, 64)), (37, (64, 16, 16)), (7, (100, 1, 33, 257)), (3, (16, 0, 48)), (1, (16,) * 5), (0, (32, 16))]
 
@@ -339,12 +378,12 @@ def test_registration(device, granularity, group):
     quantize = torch.ops.coat_kernels.quantize.default
     x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group)
     for parts, dim in (([x], 0), (list(x.split(9)), 0), (list(x.split(48, 1)), 1)):
-        rest = (torch.float32, dim)
+        rest = (torch.float32, dim, False)
         torch.library.opcheck(quantize, (parts, *arguments, None, True, True, *rest), test_utils=OPCHECKS)
         torch.library.opcheck(quantize, (parts, *arguments, x_s, True, False, *rest), test_utils=OPCHECKS)
     for scale_dtype in SCALE_DTYPES if group else (torch.float32,):
         x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group, scale_dtype=scale_dtype)
-        rest = (None, True, False, scale_dtype, 0)
+        rest = (None, True, False, scale_dtype, 0, False)
         torch.library.opcheck(quantize, ([x], *arguments, *rest), test_utils=OPCHECKS)
         torch.library.opcheck(
             torch.ops.coat_kernels.dequantize.default, (x_q, x_s, group, torch.bfloat16), test_utils=OPCHECKS
