@@ -10,6 +10,17 @@ import torch
 from coat_kernels.adamw import MAX_GROUP_SIZE, MIN_EPS, NO_EXPANSION, PARAMETER_DTYPES, adamw_step, group_shape
 from torch.optim import Optimizer
 
+from .sharding import (
+    check_placement,
+    check_sharding,
+    local,
+    local_gradient,
+    local_rows,
+    placed_as,
+    rows_shape,
+    state_rows,
+)
+
 SETTINGS = ("lr", "betas", "eps", "weight_decay", "group_size", "expand")
 # What is kept per parameter beside "step", in the order in which the kernel takes it.
 MOMENTS = tuple(moment + part for moment in ("exp_avg", "exp_avg_sq") for part in ("", "_scale", "_expansion"))
@@ -36,11 +47,12 @@ def _check_options(options: dict[str, Any]) -> None:
 def _state_layout(param: torch.Tensor, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor in the state of ``param``."""
     layout = {"step": (torch.float32, ())}
+    groups = group_shape(rows_shape(param), group_size)
     for key in MOMENTS:
         if key.endswith("_scale"):
-            layout[key] = (torch.float32, group_shape(param.shape, group_size))
+            layout[key] = (torch.float32, groups)
         elif key.endswith("_expansion"):
-            layout[key] = (torch.uint8, group_shape(param.shape, group_size))
+            layout[key] = (torch.uint8, groups)
         else:
             layout[key] = (torch.uint8, tuple(param.shape))
     return layout
@@ -59,7 +71,10 @@ class CoatAdamW(Optimizer):
 
     The state of a parameter is ``step``, a float32 scalar on the CPU; ``exp_avg`` and ``exp_avg_sq``, uint8 codes of
     the parameter's shape; and for each of the two ``_scale``, float32, and ``_expansion``, uint8, both of the
-    parameter's shape with ``ceil(last / group_size)`` for the last dimension.
+    parameter's shape with ``ceil(last / group_size)`` for the last dimension. A vector counts as a column: each of its
+    values is a group, and hardly rounded.
+
+    Parameters may be DTensors (FSDP2), and so are their states then; see :mod:`hf_coat.optim.sharding`.
 
     Args:
         params: Parameters, named parameters or parameter groups: BF16 or FP32, of any shape. Gradients may be either.
@@ -132,9 +147,9 @@ class CoatAdamW(Optimizer):
                 if device not in self._skipped:
                     self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
                 adamw_step(
-                    params,
-                    [p.grad for p in params],
-                    *([state[key] for state in states] for key in MOMENTS),
+                    [local_rows(p) for p in params],
+                    [local_gradient(p) for p in params],
+                    *([state_rows(p, s[key]) for p, s in zip(params, states, strict=True)] for key in MOMENTS),
                     steps,
                     self._skipped[device],
                     lr=group["lr"],
@@ -148,20 +163,21 @@ class CoatAdamW(Optimizer):
         return loss
 
     def _new_state(self, param: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
-        """Both moments zero: tensors made from the parameter, so that they are distributed as it is."""
-        values = param.detach()
-        groups = values[..., ::group_size] if values.dim() else values.reshape(1)
+        """Both moments zero, distributed as the parameter is."""
+        check_sharding(param, group_size)
+        here = local_rows(param.detach())
         state = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for key in MOMENTS:
-            like = groups if key.endswith(("_scale", "_expansion")) else values
+        for key, (dtype, shape) in _state_layout(param, group_size).items():
+            if key == "step":
+                state[key] = torch.zeros(shape, dtype=dtype, device="cpu")
+                continue
+            local_shape = local(param).shape if shape == param.shape else group_shape(here.shape, group_size)
             fill = NO_EXPANSION if key.endswith("_expansion") else 0
-            dtype = torch.float32 if key.endswith("_scale") else torch.uint8
-            state[key] = torch.full_like(like, fill, dtype=dtype, memory_format=torch.contiguous_format)
+            state[key] = placed_as(param, torch.full(local_shape, fill, dtype=dtype, device=here.device), shape)
         return state
 
     def skipped_groups(self) -> int:
-        """How many groups were skipped so far because a gradient was not finite. Waits for the device."""
+        """How many groups this process skipped so far for gradients that are not finite. Waits for the device."""
         return sum(int(count) for count in self._skipped.values())
 
     def state_bytes(self) -> int:
@@ -206,7 +222,8 @@ class CoatAdamW(Optimizer):
             param, _ = owners[key]
             for name, value in saved.items():
                 device = "cpu" if name == "step" else param.device
-                state[param][name] = value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+                copy = local(value).detach().to(device, copy=True, memory_format=torch.contiguous_format)
+                state[param][name] = copy if name == "step" else placed_as(param, copy, value.shape)
         self.__setstate__({"state": state, "param_groups": saved_groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -250,3 +267,5 @@ class CoatAdamW(Optimizer):
                     f"the state of {name}: {key} is {value.dtype} {list(value.shape)}, expected {dtype} {list(shape)} "
                     f"for a parameter of shape {list(param.shape)} in groups of {group_size}: it is of another model"
                 )
+            if key != "step":
+                check_placement(f"the state of {name}: {key}", value, param)

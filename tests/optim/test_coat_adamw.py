@@ -155,6 +155,18 @@ def test_two_bytes_and_eight_hundredths_per_parameter():
     assert optimizer.state_bytes() / p.numel() == pytest.approx(2 * (1 + 5 / 128), abs=1e-4)
 
 
+def test_vectors_are_columns(device):
+    """Their states are the same however many processes share them; FSDP2 cuts vectors anywhere."""
+    (vector,) = parameters(device=device, shapes=[(300,)])
+    column = nn.Parameter(vector.detach()[:, None].clone())
+    optimizer, other = CoatAdamW([vector]), CoatAdamW([column])
+    for t in range(3):
+        set_gradients([vector], t), set_gradients([column], t)
+        optimizer.step(), other.step()
+    assert torch.equal(vector, column[:, 0]) and optimizer.state[vector]["exp_avg"].shape == (300,)
+    assert optimizer.state[vector]["exp_avg_scale"].shape == other.state[column]["exp_avg_scale"].shape == (300, 1)
+
+
 def test_parameter_groups_and_late_parameters(device):
     """Settings and step counts are each group's and each parameter's own."""
     first, second, third = parameters(device=device, shapes=[(8, 130)] * 3)
