@@ -1,5 +1,6 @@
 """Optimizers whose states are kept in FP8."""
 
 from .adamw import CoatAdamW
+from .release import GradientRelease
 
-__all__ = ["CoatAdamW"]
+__all__ = ["CoatAdamW", "GradientRelease"]

@@ -44,6 +44,15 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"expand is {expand!r}; expected True or False")
 
 
+def check_gradient(param: torch.Tensor) -> None:
+    """Refuse a sparse gradient."""
+    if param.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of a parameter of shape {list(param.shape)} is {param.grad.layout}; CoatAdamW needs dense "
+            "gradients: use sparse=False in nn.Embedding, or torch.optim.SparseAdam for that parameter"
+        )
+
+
 def _state_layout(param: torch.Tensor, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor in the state of ``param``."""
     layout = {"step": (torch.float32, ())}
@@ -131,36 +140,37 @@ class CoatAdamW(Optimizer):
                 loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for p in (p for _, params in groups for p in params):
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"the gradient of a parameter of shape {list(p.shape)} is {p.grad.layout}; CoatAdamW needs dense "
-                    "gradients: use sparse=False in nn.Embedding, or torch.optim.SparseAdam for that parameter"
-                )
+            check_gradient(p)
         for group, params in groups:
-            by_device = defaultdict(list)
-            for p in params:
-                by_device[p.device].append(p)
-            for device, params in by_device.items():
-                states = [self.state[p] or self._new_state(p, group["group_size"]) for p in params]
-                steps = [state["step"] for state in states]
-                torch._foreach_add_(steps, 1)
-                if device not in self._skipped:
-                    self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
-                adamw_step(
-                    [local_rows(p) for p in params],
-                    [local_gradient(p) for p in params],
-                    *([state_rows(p, s[key]) for p, s in zip(params, states, strict=True)] for key in MOMENTS),
-                    steps,
-                    self._skipped[device],
-                    lr=group["lr"],
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    group_size=group["group_size"],
-                    expand=group["expand"],
-                )
+            self.step_params(group, params)
         return loss
+
+    @torch.no_grad()
+    def step_params(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        """Step only these parameters of ``group``, which have gradients."""
+        by_device = defaultdict(list)
+        for p in params:
+            by_device[p.device].append(p)
+        for device, params in by_device.items():
+            states = [self.state[p] or self._new_state(p, group["group_size"]) for p in params]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            adamw_step(
+                [local_rows(p) for p in params],
+                [local_gradient(p) for p in params],
+                *([state_rows(p, s[key]) for p, s in zip(params, states, strict=True)] for key in MOMENTS),
+                steps,
+                self._skipped[device],
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                group_size=group["group_size"],
+                expand=group["expand"],
+            )
 
     def _new_state(self, param: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
         """Both moments zero, distributed as the parameter is."""

@@ -12,7 +12,7 @@ import torch
 
 WORKER = Path(__file__).with_name("two_processes.py")
 SECONDS = 150  # all of it takes about 20 where nothing else runs
-IN_ONE = ["adamw", "coat", "coat_lora", "coat_ddp", "resumed"]
+IN_ONE = ["adamw", "coat", "coat_lora", "coat_ddp", "released", "resumed"]
 IN_TWO = [*IN_ONE, "full", "refused", "killed"]
 KILLED = 17
 
@@ -85,6 +85,16 @@ def test_checkpoints_change_hands(results):
     for resumed in results("resumed"):
         assert resumed["losses"] == straight["losses"][2:]
         assert same(resumed["params"], straight["params"]) and same(resumed["states"], straight["states"])
+
+
+def test_gradient_release(results):
+    straight, _ = results("adamw")
+    alone, first = results("released")
+    for released in (alone, first):
+        assert released["losses"] == straight["losses"] and same(released["params"], straight["params"])
+    # The sums of squares are of float32, in another order.
+    assert first["norms"] == pytest.approx(alone["norms"], rel=1e-6) and min(alone["norms"]) > 0
+    assert first["clipped"] == pytest.approx(alone["clipped"], rel=1e-3)
 
 
 def test_whole_state_dicts(results):

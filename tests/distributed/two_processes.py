@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat
-from hf_coat.optim import CoatAdamW
+from hf_coat.optim import CoatAdamW, GradientRelease
 
 WIDTH = 300
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process has it
@@ -77,7 +77,8 @@ def made(sharded, **options):
 def whole(model, optimizer):
     """Parameters and states by name, complete, on every process."""
     params = {
-        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for name, p in model.named_parameters()
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
     }
     return params, get_optimizer_state_dict(model, optimizer, options=FULL)
 
@@ -119,6 +120,21 @@ def resumed(folder, rank, sharded):
     losses = train(model, optimizer, range(2, 4))
     params, states = whole(model, optimizer)
     return {"losses": losses, "params": params, "states": states}
+
+
+def released(folder, rank, sharded):
+    """The steps of ``adamw`` taken inside the backward, the norm measured; then one that is clipped."""
+    model, optimizer = made(sharded)
+    release = GradientRelease(optimizer, max_norm=float("inf"))
+    losses, norms = [], []
+    for step in range(4):
+        losses += train(model, optimizer, [step])
+        norms.append(release.gradient_norm().item())
+    params, _ = whole(model, optimizer)
+    release.remove()
+    GradientRelease(optimizer, max_norm=1e-3)
+    clipped = train(model, optimizer, range(4, 7))
+    return {"losses": losses, "params": params, "norms": norms, "clipped": clipped}
 
 
 def full(folder, rank, sharded):
@@ -236,7 +252,7 @@ def killed(folder, rank, sharded):
         os._exit(0)  # there is nobody left to meet at the barrier
 
 
-SCENARIOS = {f.__name__: f for f in (adamw, resumed, full, refused, coat, coat_lora, coat_ddp, killed)}
+SCENARIOS = {f.__name__: f for f in (adamw, resumed, released, full, refused, coat, coat_lora, coat_ddp, killed)}
 
 
 def main(folder, rank, world_size, port, *scenarios):
