@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .optim import CoatAdamW
+    from .optim import CoatAdamW, GradientRelease
 
 _HOMES = {
     "CoatAdamW": "optim",
     "CoatCallback": "integrations.trainer",
     "CoatConfig": "config",
     "CoatOptimizerConfig": "config",
+    "GradientRelease": "optim",
     "HfCoatConfig": "config",
     "TrainingArguments": "integrations.trainer",
     "apply_coat": "convert",
@@ -35,6 +36,7 @@ __all__ = [
     "CoatCallback",
     "CoatConfig",
     "CoatOptimizerConfig",
+    "GradientRelease",
     "HfCoatConfig",
     "TrainingArguments",
     "apply_coat",

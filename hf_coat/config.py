@@ -216,6 +216,9 @@ class CoatOptimizerConfig:
     Args:
         group_size: Consecutive values along the last dimension that share a scale and an expansion, 1 to 1024.
         expand: Whether a group is expanded to the range of E4M3 before it is rounded; False is plain E4M3.
+        gradient_release: Whether parameters are stepped inside the backward, so that their gradients never exist
+            together; see :mod:`hf_coat.optim.release`. Not with gradient accumulation or DDP, and ``max_grad_norm``
+            then clips each parameter's gradient by its own norm.
 
     Raises:
         TypeError: For an unknown key or a value of the wrong type.
@@ -224,6 +227,7 @@ class CoatOptimizerConfig:
 
     group_size: int = 128
     expand: bool = True
+    gradient_release: bool = False
 
     def __post_init__(self):
         if not isinstance(self.group_size, int) or isinstance(self.group_size, bool):
@@ -231,6 +235,7 @@ class CoatOptimizerConfig:
         if not 1 <= self.group_size <= MAX_GROUP_SIZE:
             raise ValueError(f"CoatOptimizerConfig.group_size is {self.group_size}; it must be 1 to {MAX_GROUP_SIZE}")
         _check_boolean(self, "expand")
+        _check_boolean(self, "gradient_release")
 
 
 @_settings

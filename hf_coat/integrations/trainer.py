@@ -9,6 +9,7 @@ the last event before the optimizer is made and before ``accelerate`` wraps the 
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,9 +27,9 @@ from transformers.utils import logging
 
 from ..config import CONFIG_NAME, HfCoatConfig
 from ..convert import ConversionReport, apply_coat
-from ..optim import CoatAdamW
+from ..optim import CoatAdamW, GradientRelease
 from ..report import format_bytes
-from .checks import check_model, check_run
+from .checks import check_model, check_release, check_run
 
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
 # as a warning: transformers shows nothing less by default, and what was not converted must not go unseen.
@@ -71,6 +72,7 @@ class CoatArgumentsMixin:
         super().__post_init__()
         if self.coat is not None:
             check_run(fsdp_version=(self.fsdp_plugin_args or {}).get("fsdp_version"))
+            check_release(self.coat, self.gradient_accumulation_steps)
         if self._brings_optimizer():
             self.optim = COAT_ADAMW
 
@@ -180,6 +182,7 @@ class CoatCallback(TrainerCallback):
         self.coat: HfCoatConfig | None = HfCoatConfig.resolve(coat)
         self.report: ConversionReport | None = None
         self.record: dict[str, Any] = {}
+        self._release: GradientRelease | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -187,6 +190,7 @@ class CoatCallback(TrainerCallback):
         self._prepare(args, model)
 
     def _prepare(self, args, model: nn.Module) -> None:
+        check_release(self.coat, args.gradient_accumulation_steps)
         accelerator = AcceleratorState()
         fsdp = getattr(accelerator, "fsdp_plugin", None)
         check_run(
@@ -216,6 +220,7 @@ class CoatCallback(TrainerCallback):
         if self.report is not None and state.is_world_process_zero:
             logger.warning(f"COAT: {self.report.summary()}")
         self._check_optimizer(_bare(optimizer), state.global_step)
+        self._release_gradients(args, _bare(optimizer))
         if state.global_step > 0:
             self._compare_with_checkpoint(args, state)
 
@@ -233,6 +238,14 @@ class CoatCallback(TrainerCallback):
                 f"checkpoint lacks {' or '.join(RESUME_FILES[:2])}, because it was not written to its end, or with "
                 "save_only_model=True. Resume from another one, or start a new run from its weights"
             )
+
+    def _release_gradients(self, args, optimizer: Optimizer) -> None:
+        """Begin with gradient release, if the recipe says so: only now are these the parameters that are trained."""
+        if self._release is not None:  # auto_find_batch_size begins a second time
+            self._release.remove()
+        if self.coat.optimizer is not None and self.coat.optimizer.gradient_release:
+            if isinstance(optimizer, CoatAdamW):
+                self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
 
     def _compare_with_checkpoint(self, args, state) -> None:
         """Say in what the recipe differs from the one that the checkpoint was made with.
@@ -257,6 +270,9 @@ class CoatCallback(TrainerCallback):
         skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatAdamW) else 0
         if skipped and "loss" in logs:  # the callbacks that show the logs come after this one
             logs["coat/skipped_groups"] = state.log_history[-1]["coat/skipped_groups"] = skipped
+        if self._release is not None and "grad_norm" in logs:  # Trainer itself found no gradients
+            norm = self._release.gradient_norm().item()
+            logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
 
     def on_save(self, args, state, control, **kwargs):
         self._write_config(args, args.output_dir, _checkpoint_folder(args, state))
@@ -267,6 +283,9 @@ class CoatCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.coat is None:
             return
+        if self._release is not None:
+            self._release.remove()
+            self._release = None
         self._write_config(args, args.output_dir)
         optimizer = _bare(optimizer)
         states = [value for values in optimizer.state.values() for value in values.values()]
@@ -289,7 +308,7 @@ class _FollowsArguments(CoatCallback):
     """The callback that every Trainer has: its recipe is ``args.coat``, and without one it does nothing."""
 
     def __init__(self):
-        self.coat, self.report, self.record = None, None, {}
+        self.coat, self.report, self.record, self._release = None, None, {}, None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
