@@ -327,7 +327,8 @@ def _refuse_codes(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, CoatAdamW) and any(isinstance(s, dict) and "exp_avg_scale" in s for s in states):
         raise ValueError(
             f"{type(optimizer).__name__} was given the states of CoatAdamW, which it cannot read: resume with the "
-            "coat= of the checkpoint (its coat_config.json), or start a new run from its weights"
+            "coat= of the checkpoint (its coat_config.json), convert its optimizer.pt to AdamW's with "
+            "hf_coat.optim.to_adamw_state_dict, or start a new run from its weights"
         )
 
 

@@ -250,8 +250,9 @@ class CoatAdamW(Optimizer):
             missing = [key for key in SETTINGS if key not in saved]
             if missing:
                 raise ValueError(
-                    f"group {i} of the state dict lacks {', '.join(missing)}: it is of another optimizer, whose "
-                    "states CoatAdamW cannot take over. Start without them, or go on with that optimizer"
+                    f"group {i} of the state dict lacks {', '.join(missing)}: it is of another optimizer. Of AdamW, "
+                    "convert it: hf_coat.optim.from_adamw_state_dict(state_dict) gives what can be loaded here, or is "
+                    "saved again as a Trainer's optimizer.pt. Else start without it, or go on with that optimizer"
                 )
             for key in ("group_size", "expand"):
                 if saved[key] != group[key]:
