@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .optim import CoatAdamW, GradientRelease
+    from .optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
 
 _HOMES = {
     "CoatAdamW": "optim",
     "CoatCallback": "integrations.trainer",
     "CoatConfig": "config",
+    "CoatMuon": "optim",
     "CoatOptimizerConfig": "config",
     "GradientRelease": "optim",
     "HfCoatConfig": "config",
     "TrainingArguments": "integrations.trainer",
     "apply_coat": "convert",
+    "muon_groups": "optim",
     "remove_coat": "convert",
     "with_coat": "integrations.trainer",
 }
@@ -35,11 +37,13 @@ __all__ = [
     "CoatAdamW",
     "CoatCallback",
     "CoatConfig",
+    "CoatMuon",
     "CoatOptimizerConfig",
     "GradientRelease",
     "HfCoatConfig",
     "TrainingArguments",
     "apply_coat",
+    "muon_groups",
     "remove_coat",
     "with_coat",
 ]

@@ -53,20 +53,6 @@ def check_gradient(param: torch.Tensor) -> None:
         )
 
 
-def _state_layout(param: torch.Tensor, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor in the state of ``param``."""
-    layout = {"step": (torch.float32, ())}
-    groups = group_shape(rows_shape(param), group_size)
-    for key in MOMENTS:
-        if key.endswith("_scale"):
-            layout[key] = (torch.float32, groups)
-        elif key.endswith("_expansion"):
-            layout[key] = (torch.uint8, groups)
-        else:
-            layout[key] = (torch.uint8, tuple(param.shape))
-    return layout
-
-
 class CoatAdamW(Optimizer):
     r"""AdamW with both moments in FP8, a drop-in for ``torch.optim.AdamW`` at 2.08 bytes of state per parameter.
 
@@ -152,17 +138,15 @@ class CoatAdamW(Optimizer):
         for p in params:
             by_device[p.device].append(p)
         for device, params in by_device.items():
-            states = [self.state[p] or self._new_state(p, group["group_size"]) for p in params]
+            states = [self.state[p] or self._new_state(p, group) for p in params]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
-            if device not in self._skipped:
-                self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
             adamw_step(
                 [local_rows(p) for p in params],
                 [local_gradient(p) for p in params],
                 *([state_rows(p, s[key]) for p, s in zip(params, states, strict=True)] for key in MOMENTS),
                 steps,
-                self._skipped[device],
+                self._skipped_on(device),
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -172,19 +156,38 @@ class CoatAdamW(Optimizer):
                 expand=group["expand"],
             )
 
-    def _new_state(self, param: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
-        """Both moments zero, distributed as the parameter is."""
-        check_sharding(param, group_size)
+    def _layout(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor in the state of ``param``."""
+        layout = {"step": (torch.float32, ())}
+        groups = group_shape(rows_shape(param), group["group_size"])
+        for key in MOMENTS:
+            if key.endswith("_scale"):
+                layout[key] = (torch.float32, groups)
+            elif key.endswith("_expansion"):
+                layout[key] = (torch.uint8, groups)
+            else:
+                layout[key] = (torch.uint8, tuple(param.shape))
+        return layout
+
+    def _new_state(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """All moments zero, distributed as the parameter is."""
+        check_sharding(param, group["group_size"])
         here = local_rows(param.detach())
         state = self.state[param]
-        for key, (dtype, shape) in _state_layout(param, group_size).items():
+        for key, (dtype, shape) in self._layout(param, group).items():
             if key == "step":
                 state[key] = torch.zeros(shape, dtype=dtype, device="cpu")
                 continue
-            local_shape = local(param).shape if shape == param.shape else group_shape(here.shape, group_size)
+            local_shape = local(param).shape if shape == param.shape else group_shape(here.shape, group["group_size"])
             fill = NO_EXPANSION if key.endswith("_expansion") else 0
             state[key] = placed_as(param, torch.full(local_shape, fill, dtype=dtype, device=here.device), shape)
         return state
+
+    def _skipped_on(self, device: torch.device) -> torch.Tensor:
+        """The count of skipped groups on a device."""
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._skipped[device]
 
     def skipped_groups(self) -> int:
         """How many groups this process skipped so far for gradients that are not finite. Waits for the device."""
@@ -218,7 +221,7 @@ class CoatAdamW(Optimizer):
         for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             for j, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
                 names[key] = group["param_names"][j] if "param_names" in group else f"parameter {j} of group {i}"
-                owners[key] = param, group["group_size"]
+                owners[key] = param, group
             saved["params"] = group["params"]
             if "param_names" in group:
                 saved.setdefault("param_names", group["param_names"])
@@ -262,8 +265,8 @@ class CoatAdamW(Optimizer):
                     )
             _check_options(saved)
 
-    def _check_state(self, name: str, param: torch.Tensor, group_size: int, saved: dict[str, Any]) -> None:
-        layout = _state_layout(param, group_size)
+    def _check_state(self, name: str, param: torch.Tensor, group: dict[str, Any], saved: dict[str, Any]) -> None:
+        layout = self._layout(param, group)
         if set(saved) != set(layout):
             raise ValueError(
                 f"the state of {name} has the entries {sorted(saved)}, expected {sorted(layout)}: it is of another "
@@ -276,7 +279,8 @@ class CoatAdamW(Optimizer):
             if value.dtype != dtype or tuple(value.shape) != shape:
                 raise ValueError(
                     f"the state of {name}: {key} is {value.dtype} {list(value.shape)}, expected {dtype} {list(shape)} "
-                    f"for a parameter of shape {list(param.shape)} in groups of {group_size}: it is of another model"
+                    f"for a parameter of shape {list(param.shape)} in groups of {group['group_size']}: "
+                    "it is of another model"
                 )
             if key != "step":
                 check_placement(f"the state of {name}: {key}", value, param)

@@ -12,7 +12,7 @@ import torch
 
 WORKER = Path(__file__).with_name("two_processes.py")
 SECONDS = 150  # all of it takes about 20 where nothing else runs
-IN_ONE = ["adamw", "coat", "coat_lora", "coat_ddp", "released", "resumed"]
+IN_ONE = ["adamw", "coat", "coat_lora", "coat_ddp", "released", "muon", "resumed"]
 IN_TWO = [*IN_ONE, "full", "refused", "killed"]
 KILLED = 17
 
@@ -95,6 +95,11 @@ def test_gradient_release(results):
     # The sums of squares are of float32, in another order.
     assert first["norms"] == pytest.approx(alone["norms"], rel=1e-6) and min(alone["norms"]) > 0
     assert first["clipped"] == pytest.approx(alone["clipped"], rel=1e-3)
+
+
+def test_muon(results):
+    alone, first = results("muon")
+    assert same(alone, first) and alone["states"]["state"]["up.weight"]["momentum_scale"].shape == (5, 3)
 
 
 def test_whole_state_dicts(results):

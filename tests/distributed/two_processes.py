@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat
-from hf_coat.optim import CoatAdamW, GradientRelease
+from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
 
 WIDTH = 300
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process has it
@@ -135,6 +135,15 @@ def released(folder, rank, sharded):
     GradientRelease(optimizer, max_norm=1e-3)
     clipped = train(model, optimizer, range(4, 7))
     return {"losses": losses, "params": params, "norms": norms, "clipped": clipped}
+
+
+def muon(folder, rank, sharded):
+    """Every process orthogonalizes the whole matrix, and keeps its rows."""
+    model, _ = made(sharded)
+    optimizer = CoatMuon(muon_groups(model), lr=1e-2)
+    losses = train(model, optimizer, range(3))
+    params, states = whole(model, optimizer)
+    return {"losses": losses, "params": params, "states": states}
 
 
 def full(folder, rank, sharded):
@@ -252,7 +261,7 @@ def killed(folder, rank, sharded):
         os._exit(0)  # there is nobody left to meet at the barrier
 
 
-SCENARIOS = {f.__name__: f for f in (adamw, resumed, released, full, refused, coat, coat_lora, coat_ddp, killed)}
+SCENARIOS = {f.__name__: f for f in (adamw, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed)}
 
 
 def main(folder, rank, world_size, port, *scenarios):
