@@ -39,7 +39,7 @@ def test_every_peer_has_a_row(tmp_path):
 
 
 def test_the_trainer_run(tmp_path):
-    rows = run("step", "--steps", "3", "--warmup", "1", "--peers", "lean", folder=tmp_path)
+    rows = run("step", "--steps", "3", "--warmup", "1", "--peers", "lean", "--release", folder=tmp_path)
     row = rows["lean"]
     assert row.get("steps_measured") == 2, row
     # two codes and, for each group of 128 of a row, two float32 scales and two 8-bit expansions; rows here are shorter

@@ -71,6 +71,16 @@ class CoatAdamW(Optimizer):
 
     Parameters may be DTensors (FSDP2), and so are their states then; see :mod:`hf_coat.optim.sharding`.
 
+        >>> optimizer = CoatAdamW(model.parameters(), lr=1e-5)  # any model, BF16 or FP32
+        >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
+        >>> for batch in batches:
+        ...     model(**batch).loss.backward()
+        ...     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
+        ...     schedule.step()
+        ...     optimizer.zero_grad()
+        >>> torch.save(optimizer.state_dict(), "optimizer.pt")  # load_state_dict goes on bit for bit
+
     Args:
         params: Parameters, named parameters or parameter groups: BF16 or FP32, of any shape. Gradients may be either.
         lr: Learning rate, a number or a tensor of one number (for schedulers that change it in place).

@@ -98,10 +98,14 @@ def test_gradients_never_exist_together(device):
 
 
 def test_clipping_by_each_norm(device):
-    """As clip_grad_norm_ of each parameter alone; and the norm of the whole is told, unclipped."""
+    """As clip_grad_norm_ of each parameter alone; and the norm of the whole is told, unclipped.
+
+    On a GPU clip_grad_norm_ may round a norm in another way, which moves a code by one here and there.
+    """
     one, other = train(device, True, max_norm=0.05), train(device, False, max_norm=0.05)
-    assert_same(one, other)
-    assert one[0] != train(device, False)[0], "it did clip"
+    assert one[0] == pytest.approx(other[0], rel=1e-3 if device == "cuda" else 0)
+    unclipped = train(device, False)[0]
+    assert max(abs(a - b) for a, b in zip(one[0], unclipped, strict=True)) > 1e-2, "it did clip"
     model = Net(device)
     model(ids(0, device)).backward()
     whole = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
