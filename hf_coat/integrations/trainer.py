@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..config import CONFIG_NAME, HfCoatConfig
 from ..convert import ConversionReport, apply_coat
-from ..optim import CoatAdamW
+from ..optim import CoatAdamW, CoatOptimizer
 from ..report import format_bytes
 from .checks import check_model, check_run
 
@@ -156,7 +156,7 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
         )
     if context.model is not None:
         _convert(context.model, coat)
-    settings = {"group_size": coat.optimizer.group_size, "expand": coat.optimizer.expand}
+    settings = {f.name: getattr(coat.optimizer, f.name) for f in fields(coat.optimizer)}
     return CoatAdamW, context.optimizer_kwargs | context.adam_kwargs | settings
 
 
@@ -222,7 +222,7 @@ class CoatCallback(TrainerCallback):
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
         if self.coat.optimizer is None:
             return
-        if not isinstance(optimizer, CoatAdamW):
+        if not isinstance(optimizer, CoatOptimizer):
             logger.warning(
                 f"the Trainer was given or made {type(optimizer).__name__}, so COAT's optimizer half is not in use. "
                 "If that is meant, say so: coat=HfCoatConfig(optimizer=None)"
@@ -254,7 +254,7 @@ class CoatCallback(TrainerCallback):
         if self.coat is None:
             return
         self.record |= {key: value for key, value in logs.items() if key.endswith("_per_second")}
-        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatAdamW) else 0
+        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatOptimizer) else 0
         if skipped and "loss" in logs:  # the callbacks that show the logs come after this one
             logs["coat/skipped_groups"] = state.log_history[-1]["coat/skipped_groups"] = skipped
 
@@ -275,7 +275,7 @@ class CoatCallback(TrainerCallback):
             "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
             "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
         }
-        if isinstance(optimizer, CoatAdamW) and state.is_world_process_zero:
+        if isinstance(optimizer, CoatOptimizer) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
             logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
 
@@ -303,11 +303,11 @@ def _bare(optimizer) -> Optimizer:
 
 
 def _refuse_codes(optimizer: Optimizer) -> None:
-    """Other optimizers load the states of ours without a word, and take the FP8 codes for values."""
+    """Other optimizers load the states of ours without a word, and fail at their first step for what they lack."""
     states = getattr(optimizer, "state", {}).values()
-    if not isinstance(optimizer, CoatAdamW) and any(isinstance(s, dict) and "exp_avg_scale" in s for s in states):
+    if not isinstance(optimizer, CoatOptimizer) and any(isinstance(s, dict) and "exp_avg_codes" in s for s in states):
         raise ValueError(
-            f"{type(optimizer).__name__} was given the states of CoatAdamW, which it cannot read: resume with the "
+            f"{type(optimizer).__name__} was given states of COAT's optimizer, which it cannot read: resume with the "
             "coat= of the checkpoint (its coat_config.json), or start a new run from its weights"
         )
 

@@ -1,5 +1,5 @@
-"""Optimizers whose states are kept in FP8."""
+"""Optimizers whose states are kept in 8 bits."""
 
-from .adamw import CoatAdamW
+from .adamw import CoatAdamW, CoatOptimizer
 
-__all__ = ["CoatAdamW"]
+__all__ = ["CoatAdamW", "CoatOptimizer"]
