@@ -166,7 +166,11 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             predicted = (
                 memory.predict(model, batch, coat=False, group_size=None),
-                memory.predict(model, batch, group_size=optimizer.group_size if optimizer else None),
+                memory.predict(
+                    model, batch, group_size=optimizer.group_size, format=optimizer.format, weights=optimizer.weights
+                )
+                if optimizer
+                else memory.predict(model, batch, group_size=None),
             )
 
     begun = time.monotonic()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from coat_kernels.adamw import group_shape
+from coat_kernels.states import StateFormat, Weights, group_shape
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.optim import Optimizer
@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 from .convert import remove_coat
 
 STEP_BYTES = 4
-GROUP_BYTES = 4 + 1  # the float32 scale and the 8-bit expansion that CoatAdamW keeps for a group of codes
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,8 @@ def predict(
     *,
     coat: bool = True,
     group_size: int | None = 128,
+    format: StateFormat | str = StateFormat.LEAN,
+    weights: Weights | str = Weights.STOCHASTIC,
 ) -> MemoryBreakdown:
     """Bytes that one training step of ``model`` takes, found without running it.
 
@@ -74,6 +75,7 @@ def predict(
             ``input_ids`` and ``labels`` of that shape and no padding.
         coat: False predicts the model as :func:`hf_coat.remove_coat` leaves it.
         group_size: Values per group of :class:`hf_coat.CoatAdamW`; None for ``torch.optim.AdamW``.
+        format, weights: How :class:`hf_coat.CoatAdamW` keeps moments and BF16 weights.
 
     Raises:
         RuntimeError: Where the forward's course depends on computed values (the routing of some mixtures of experts)
@@ -105,7 +107,7 @@ def predict(
     return MemoryBreakdown(
         weights=_bytes(_tensors_of(model)),
         gradients=_bytes(trainable),
-        optimizer_states=sum(_state_bytes(p, group_size) for p in trainable),
+        optimizer_states=sum(_state_bytes(p, group_size, StateFormat(format), Weights(weights)) for p in trainable),
         activations=activations,
     )
 
@@ -200,12 +202,13 @@ def _bytes(tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()
     return sum(size for storage, size in sizes.items() if storage not in known)
 
 
-def _state_bytes(p: torch.Tensor, group_size: int | None) -> int:
-    """Bytes of one parameter's optimizer state: two moments, and the step in a float32 scalar."""
+def _state_bytes(p: torch.Tensor, group_size: int | None, format: StateFormat, weights: Weights) -> int:
+    """Bytes of one parameter's optimizer state: two moments, the step in a float32 scalar, a master's residual."""
     if group_size is None:
         return 2 * p.nbytes + STEP_BYTES
     groups = math.prod(group_shape(p.shape, group_size))
-    return 2 * (p.numel() + groups * GROUP_BYTES) + STEP_BYTES
+    residual = p.numel() if weights is Weights.MASTER and p.dtype == torch.bfloat16 else 0
+    return 2 * (p.numel() + groups * format.group_bytes) + STEP_BYTES + residual
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..config import CONFIG_NAME, HfCoatConfig
 from ..convert import ConversionReport, apply_coat
-from ..optim import CoatAdamW, GradientRelease
+from ..optim import CoatAdamW, CoatOptimizer, GradientRelease
 from ..report import format_bytes
 from .checks import check_model, check_release, check_run
 
@@ -158,7 +158,7 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
         )
     if context.model is not None:
         _convert(context.model, coat)
-    settings = {"group_size": coat.optimizer.group_size, "expand": coat.optimizer.expand}
+    settings = {f.name: getattr(coat.optimizer, f.name) for f in fields(coat.optimizer)}
     return CoatAdamW, context.optimizer_kwargs | context.adam_kwargs | settings
 
 
@@ -227,7 +227,7 @@ class CoatCallback(TrainerCallback):
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
         if self.coat.optimizer is None:
             return
-        if not isinstance(optimizer, CoatAdamW):
+        if not isinstance(optimizer, CoatOptimizer):
             logger.warning(
                 f"the Trainer was given or made {type(optimizer).__name__}, so COAT's optimizer half is not in use. "
                 "If that is meant, say so: coat=HfCoatConfig(optimizer=None)"
@@ -244,7 +244,7 @@ class CoatCallback(TrainerCallback):
         if self._release is not None:  # auto_find_batch_size begins a second time
             self._release.remove()
         if self.coat.optimizer is not None and self.coat.optimizer.gradient_release:
-            if isinstance(optimizer, CoatAdamW):
+            if isinstance(optimizer, CoatOptimizer):
                 self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
 
     def _compare_with_checkpoint(self, args, state) -> None:
@@ -267,7 +267,7 @@ class CoatCallback(TrainerCallback):
         if self.coat is None:
             return
         self.record |= {key: value for key, value in logs.items() if key.endswith("_per_second")}
-        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatAdamW) else 0
+        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatOptimizer) else 0
         if skipped and "loss" in logs:  # the callbacks that show the logs come after this one
             logs["coat/skipped_groups"] = state.log_history[-1]["coat/skipped_groups"] = skipped
         if self._release is not None and "grad_norm" in logs:  # Trainer itself found no gradients
@@ -294,7 +294,7 @@ class CoatCallback(TrainerCallback):
             "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
             "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
         }
-        if isinstance(optimizer, CoatAdamW) and state.is_world_process_zero:
+        if isinstance(optimizer, CoatOptimizer) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
             logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
 
@@ -322,11 +322,11 @@ def _bare(optimizer) -> Optimizer:
 
 
 def _refuse_codes(optimizer: Optimizer) -> None:
-    """Other optimizers load the states of ours without a word, and take the FP8 codes for values."""
+    """Other optimizers load the states of ours without a word, and fail at their first step for what they lack."""
     states = getattr(optimizer, "state", {}).values()
-    if not isinstance(optimizer, CoatAdamW) and any(isinstance(s, dict) and "exp_avg_scale" in s for s in states):
+    if not isinstance(optimizer, CoatOptimizer) and any(isinstance(s, dict) and "exp_avg_codes" in s for s in states):
         raise ValueError(
-            f"{type(optimizer).__name__} was given the states of CoatAdamW, which it cannot read: resume with the "
+            f"{type(optimizer).__name__} was given states of COAT's optimizer, which it cannot read: resume with the "
             "coat= of the checkpoint (its coat_config.json), convert its optimizer.pt to AdamW's with "
             "hf_coat.optim.to_adamw_state_dict, or start a new run from its weights"
         )

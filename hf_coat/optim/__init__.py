@@ -1,6 +1,6 @@
-"""Optimizers whose states are kept in FP8."""
+"""Optimizers whose states are kept in 8 bits."""
 
-from .adamw import CoatAdamW
+from .adamw import CoatAdamW, CoatOptimizer
 from .interop import from_adamw_state_dict, to_adamw_state_dict
 from .muon import CoatMuon, MuonScale, muon_groups
 from .release import GradientRelease
@@ -8,6 +8,7 @@ from .release import GradientRelease
 __all__ = [
     "CoatAdamW",
     "CoatMuon",
+    "CoatOptimizer",
     "GradientRelease",
     "MuonScale",
     "from_adamw_state_dict",

@@ -1,20 +1,20 @@
 """States of ``torch.optim.AdamW`` to those of :class:`CoatAdamW` and back, as state dicts.
 
     optimizer = CoatAdamW(model.parameters())
-    optimizer.load_state_dict(from_adamw_state_dict(torch.load("optimizer.pt"), group_size=128, expand=True))
+    optimizer.load_state_dict(from_adamw_state_dict(torch.load("optimizer.pt")))
 
 Both functions only read what they are given, and need neither optimizer nor model, so a Trainer's checkpoint becomes
 one that ``coat=`` resumes from by rewriting its ``optimizer.pt``. It is a function to call, not something that loading
 does by itself, because it rounds: the moments go from float32 (or BF16) to 8 bits as in any step of CoatAdamW. Going
-back rounds nothing.
+back rounds no moment; the further bits of ``weights="master"`` are not AdamW's to have, and are left out.
 """
 
 from typing import Any
 
 import torch
-from coat_kernels.adamw import decode_moment, encode_moment
+from coat_kernels.states import StateFormat, Weights, decode_moments, encode_moments
 
-from .adamw import SETTINGS, CoatAdamW
+from .adamw import RESIDUAL, CoatAdamW
 from .sharding import is_sharded
 
 # What torch.optim.AdamW keeps for a group beside the settings that both have.
@@ -28,22 +28,40 @@ ADAMW_SETTINGS = {
     "decoupled_weight_decay": True,
 }
 SHARED = ("lr", "betas", "eps", "weight_decay")
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SETTINGS, MOMENTS = CoatAdamW.SETTINGS, CoatAdamW.MOMENTS
+PARTS = ("_codes", "_scale", "_expansion")
 
 
-def _encode(moment: str, x: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The entries of a parameter's state that hold this moment, float32 ``x``."""
-    rows = x.unsqueeze(-1) if x.dim() == 1 else x
-    positive = moment == "exp_avg_sq"
-    codes, scale, expansion = encode_moment(rows, group["group_size"], expand=group["expand"], positive=positive)
-    return {moment: codes.view(x.shape), f"{moment}_scale": scale, f"{moment}_expansion": expansion}
+def _encode(state: dict[str, torch.Tensor], group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The entries of a parameter's state that hold the moments of AdamW's ``state``."""
+    shape, dtype = state["exp_avg"].shape, state["exp_avg"].dtype  # AdamW's moments are as the parameter is
+    moments = [_rows(state[moment].float()) for moment in MOMENTS]
+    entries = {}
+    for moment, encoded in zip(
+        MOMENTS, encode_moments(moments, group["group_size"], StateFormat(group["format"])), strict=True
+    ):
+        codes, *side = encoded
+        parts = zip(PARTS, (codes.view(shape), *side), strict=True)
+        entries |= {moment + part: value for part, value in parts if value is not None}
+    if group["weights"] == Weights.MASTER and dtype == torch.bfloat16:
+        entries[RESIDUAL] = torch.zeros(shape, dtype=torch.uint8, device=state["exp_avg"].device)
+    return entries
 
 
-def _decode(moment: str, state: dict[str, torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
-    """The float32 values of this moment."""
-    codes, scale, expansion = (state[moment + part] for part in ("", "_scale", "_expansion"))
-    rows = codes.unsqueeze(-1) if codes.dim() == 1 else codes
-    return decode_moment(rows, scale, expansion, group["group_size"]).view(codes.shape)
+def _decode(state: dict[str, torch.Tensor], group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """AdamW's moments, float32."""
+    shape = state["exp_avg_codes"].shape
+    encoded = [
+        (_rows(state[f"{moment}_codes"]), state[f"{moment}_scale"], state.get(f"{moment}_expansion"))
+        for moment in MOMENTS
+    ]
+    values = decode_moments(encoded, group["group_size"], StateFormat(group["format"]))
+    return {moment: value.view(shape) for moment, value in zip(MOMENTS, values, strict=True)}
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """A vector as a column, as CoatAdamW sees it."""
+    return x.unsqueeze(-1) if x.dim() == 1 else x
 
 
 def from_adamw_state_dict(state_dict: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -54,7 +72,8 @@ def from_adamw_state_dict(state_dict: dict[str, Any], **settings: Any) -> dict[s
     Args:
         state_dict: Of ``torch.optim.AdamW``, its moments float32 or BF16 tensors of the parameters' shapes. One of
             ``Adam`` with no weight decay does as well.
-        **settings: The settings that only CoatAdamW has: ``group_size``, ``expand``. Its defaults, if left out.
+        **settings: Settings that only CoatAdamW has, such as ``group_size``, ``format`` and ``weights``. Its
+            defaults, if left out.
 
     Raises:
         TypeError: For a setting that CoatAdamW does not have.
@@ -76,9 +95,7 @@ def from_adamw_state_dict(state_dict: dict[str, Any], **settings: Any) -> dict[s
     for key, state in state_dict["state"].items():
         _check_adamw_state(key, state)
         step = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()
-        states[key] = {"step": step}
-        for moment in MOMENTS:
-            states[key] |= _encode(moment, state[moment].float(), owners[key])
+        states[key] = {"step": step, **_encode(state, owners[key])}
     return {"state": states, "param_groups": groups}
 
 
@@ -102,8 +119,7 @@ def to_adamw_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     states = {}
     for key, state in state_dict["state"].items():
         _check_whole(key, state)
-        moments = {moment: _decode(moment, state, owners[key]) for moment in MOMENTS}
-        states[key] = {"step": state["step"].clone(), **moments}
+        states[key] = {"step": state["step"].clone(), **_decode(state, owners[key])}
     return {"state": states, "param_groups": groups}
 
 
@@ -129,6 +145,8 @@ def _check_adamw_group(i: int, group: dict[str, Any]) -> None:
 
 
 def _check_adamw_state(key: Any, state: dict[str, Any]) -> None:
+    if "exp_avg_codes" in state:
+        raise ValueError(f"the state of parameter {key} has exp_avg_codes: it is CoatAdamW's already")
     wrong = [name for name in ("step", *MOMENTS) if name not in state]
     if wrong:
         raise ValueError(f"the state of parameter {key} lacks {', '.join(wrong)}: it is not of torch.optim.AdamW")

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a model, AdamW for everything else; all states in FP8.
+"""Muon for the matrices inside a model, AdamW for everything else; all states in 8 bits.
 
 Muon (Keller Jordan, kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the nearest matrix
 whose singular values are all about one:
@@ -8,7 +8,7 @@ whose singular values are all about one:
 
 It keeps one moment where AdamW keeps two: here an E4M3 code per value and a power-of-two scale, one byte, per group,
 which is 1.01 bytes per parameter. Rounding m is all that sets it apart from ``torch.optim.Muon``: u comes from the m
-that is not rounded yet, parameters are computed in float32 and rounded once.
+that is not rounded yet, weights are computed in float32 and rounded once, as ``weights`` says.
 """
 
 import enum
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from coat_kernels import Granularity, dequantize, quantize
+from coat_kernels.states import StateFormat, Weights, read_weights, round_weights, weight_key
 from torch import nn
-from torch.optim import Optimizer
 
-from .adamw import SETTINGS, CoatAdamW
+from .adamw import RESIDUAL, CoatAdamW, CoatOptimizer
 from .sharding import is_sharded, local, local_gradient, placed_as
 
 E4M3 = torch.float8_e4m3fn
@@ -107,7 +107,8 @@ class CoatMuon(CoatAdamW):
         >>> optimizer = CoatMuon(muon_groups(model), lr=3e-4)
 
     A matrix with a gradient that is not finite is skipped as a whole. The state of a matrix is ``step``, a float32
-    scalar on the CPU; ``momentum_codes``, uint8 of its shape; ``momentum_scale``, uint8 [A, ceil(B / group_size)].
+    scalar; ``momentum_codes``, uint8 of its shape; ``momentum_scale``, uint8 [A, ceil(B / group_size)]; and with
+    ``weights="master"`` of a BF16 matrix ``weight_residual``, uint8 of its shape.
     Under FSDP2 a step gathers each matrix's u and every process orthogonalizes it whole.
 
     Args:
@@ -120,7 +121,8 @@ class CoatMuon(CoatAdamW):
         betas, eps: As :class:`CoatAdamW`, for the groups that it trains.
         weight_decay: Decoupled weight decay.
         group_size: Values that share a scale, a power of two up to 1024.
-        expand: As :class:`CoatAdamW`, for the groups that it trains.
+        format: As :class:`CoatAdamW`, for the groups that it trains.
+        weights, seed, capturable: As :class:`CoatAdamW`, for all groups.
 
     Raises:
         TypeError: For parameters that are neither BF16 nor FP32.
@@ -141,14 +143,17 @@ class CoatMuon(CoatAdamW):
         ns_steps: int = 5,
         scale: MuonScale | str = MuonScale.MATCH_RMS_ADAMW,
         group_size: int = 128,
-        expand: bool = True,
+        format: StateFormat | str = StateFormat.LEAN,
+        weights: Weights | str = Weights.STOCHASTIC,
+        seed: int = 0,
+        capturable: bool = False,
     ):
-        defaults = dict(zip(SETTINGS, (lr, betas, eps, weight_decay, group_size, expand), strict=True))
+        values = (lr, betas, eps, weight_decay, group_size, format, weights, seed, capturable)
+        defaults = dict(zip(self.SETTINGS, values, strict=True))
         defaults |= {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "scale": scale}
         _check_muon(defaults)
         defaults["scale"] = MuonScale(scale).value  # a plain string, which every checkpoint can hold
-        self._skipped = {}
-        Optimizer.__init__(self, params, defaults)
+        CoatOptimizer.__init__(self, params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in ``torch.optim``; it must have ``use_muon``."""
@@ -170,42 +175,48 @@ class CoatMuon(CoatAdamW):
                 )
 
     @torch.no_grad()
-    def step_params(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        """Step only these parameters of ``group``, which have gradients."""
+    def step_params(self, group: dict[str, Any], members: list[tuple[int, torch.Tensor]]) -> None:
+        """Step only these parameters of ``group``, which have gradients; each comes with its number among all."""
         if not group["use_muon"]:
-            return super().step_params(group, params)
-        for param in params:
-            self._step_matrix(group, param, self.state[param] or self._new_state(param, group))
+            return super().step_params(group, members)
+        for number, param in members:
+            self._step_matrix(group, param, self.state[param] or self._new_state(param, group), number)
 
-    def _step_matrix(self, group: dict[str, Any], param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        codes, stored_scale, here = local(state["momentum_codes"]), local(state["momentum_scale"]), local(param)
+    def _step_matrix(self, group: dict[str, Any], param: torch.Tensor, state: dict[str, torch.Tensor], number: int):
+        here, residual = local(param), None if RESIDUAL not in state else local(state[RESIDUAL])
+        codes, stored_scale = local(state["momentum_codes"]), local(state["momentum_scale"])
         size, rest = group["group_size"], 1 - group["momentum"]
+        state["step"] += 1
         g = local_gradient(param).float()
         m = dequantize(codes.view(E4M3), stored_scale, group_size=size, dtype=torch.float32).lerp_(g, rest)
         u = placed_as(param, g.lerp(m, group["momentum"]) if group["nesterov"] else m, param.shape)
         whole = u.full_tensor() if is_sharded(u) else u
         finite = whole.isfinite().all()
         step = local(_distributed(orthogonal(whole, group["ns_steps"]), param)).float()
-        new = here.float() * (1 - group["lr"] * group["weight_decay"])
+        new = read_weights(here, residual) * (1 - group["lr"] * group["weight_decay"])
         new -= group["lr"] * MuonScale(group["scale"]).factor(*param.shape) * step
+        key = weight_key(group["seed"], number, state["step"])
+        new, new_residual = round_weights(new, here.dtype, Weights(group["weights"]), key)
         new_codes, _, new_scale = quantize(
             m, E4M3, Granularity.GROUP, group_size=size, power_of_two=True, scale_dtype=torch.uint8
         )
-        state["step"] += 1
-        here.copy_(torch.where(finite, new.to(here.dtype), here))
-        codes.copy_(torch.where(finite, new_codes.view(torch.uint8), codes))
-        stored_scale.copy_(torch.where(finite, new_scale, stored_scale))
+        kept = [(here, new), (codes, new_codes.view(torch.uint8)), (stored_scale, new_scale)]
+        for old, fresh in [*kept, *([] if residual is None else [(residual, new_residual)])]:
+            old.copy_(torch.where(finite, fresh, old))
         self._skipped_on(here.device).add_(~finite * new_scale.numel())
 
     def _layout(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         if not group["use_muon"]:
             return super()._layout(param, group)
         rows, columns = param.shape
-        return {
+        layout = {
             "step": (torch.float32, ()),
             "momentum_codes": (torch.uint8, (rows, columns)),
             "momentum_scale": (torch.uint8, (rows, -(-columns // group["group_size"]))),
         }
+        if group["weights"] == Weights.MASTER and param.dtype == torch.bfloat16:
+            layout[RESIDUAL] = torch.uint8, (rows, columns)
+        return layout
 
     def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
         super()._check_groups(saved_groups)

@@ -1,7 +1,7 @@
 """Gradient release: each parameter is stepped inside the backward, and its gradient freed, as soon as it is complete.
 
 The gradients of the whole model then never exist together: 2 bytes per BF16 parameter less at the peak. It is the same
-arithmetic as :meth:`CoatAdamW.step` after the backward, to the bit, one launch per parameter instead of one for all;
+arithmetic as ``optimizer.step()`` after the backward, to the bit, one launch per parameter instead of one for all;
 what it costs is the host time of those launches.
 
 What a backward cannot know:
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .adamw import CoatAdamW, check_gradient
+from .adamw import CoatOptimizer, check_gradient
 from .sharding import is_sharded, local
 
 
@@ -47,20 +47,21 @@ class GradientRelease:
             default, does not measure either.
 
     Raises:
-        TypeError: For an optimizer that is not :class:`CoatAdamW`.
+        TypeError: For an optimizer that is none of COAT's.
         ValueError: For a ``max_norm`` that is not above 0, gradients that are there already, or parameters that
             several processes train together without FSDP2.
     """
 
-    def __init__(self, optimizer: CoatAdamW, *, max_norm: float | None = None):
-        if not isinstance(optimizer, CoatAdamW):
-            raise TypeError(f"GradientRelease steps CoatAdamW, not {type(optimizer).__name__}")
+    def __init__(self, optimizer: CoatOptimizer, *, max_norm: float | None = None):
+        if not isinstance(optimizer, CoatOptimizer):
+            raise TypeError(f"GradientRelease steps COAT's optimizers, not {type(optimizer).__name__}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}; expected a number above 0, or None to clip nothing")
         self.optimizer, self.max_norm = optimizer, max_norm
-        self._groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        owned = ((i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"])
+        self._places = {p: (i, number) for number, (i, p) in enumerate(owned)}
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        for p in self._groups:
+        for p in self._places:
             if p.grad is not None:
                 raise ValueError(
                     f"a parameter of shape {list(p.shape)} has a gradient already, which would not be stepped: make "
@@ -75,7 +76,7 @@ class GradientRelease:
         self._stepped: set[torch.Tensor] = set()
         self._squares: list[torch.Tensor] = []
         self._norm: torch.Tensor | None = None
-        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in self._groups if p.requires_grad]
+        self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in self._places if p.requires_grad]
         self._handles.append(optimizer.register_step_pre_hook(self._refuse_closure))
         self._handles.append(optimizer.register_step_post_hook(self._end_step))
 
@@ -106,10 +107,11 @@ class GradientRelease:
             self._squares.append(norm.square())
             if self.max_norm != float("inf"):
                 local(param.grad).mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_ does
-        self.optimizer.step_params(self.optimizer.param_groups[self._groups[param]], [param])
+        group, number = self._places[param]
+        self.optimizer.step_params(self.optimizer.param_groups[group], [(number, param)])
         param.grad = None
 
-    def _refuse_closure(self, optimizer: CoatAdamW, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _refuse_closure(self, optimizer: CoatOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):
             raise ValueError(
                 "optimizer.step(closure) runs the backward in the middle of a step, which gradient release ends: call "

@@ -36,9 +36,9 @@ def local_gradient(param: torch.Tensor) -> torch.Tensor:
     return local_rows(grad)
 
 
-def rows_shape(param: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the whole of ``param``, of a vector as a column."""
-    return (*param.shape, 1) if param.dim() == 1 else tuple(param.shape)
+def rows_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the whole of a parameter of ``shape``, of a vector as a column."""
+    return (*shape, 1) if len(shape) == 1 else tuple(shape)
 
 
 def placed_as(param: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -59,7 +59,7 @@ def check_sharding(param: torch.Tensor, group_size: int) -> None:
     """
     if not is_sharded(param):
         return
-    last = len(rows_shape(param)) - 1
+    last = len(rows_shape(param.shape)) - 1
     pieces = 1
     for i, placement in enumerate(param.placements):
         if placement.is_partial():

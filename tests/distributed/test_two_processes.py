@@ -105,14 +105,14 @@ def test_muon(results):
 def test_whole_state_dicts(results):
     _, taken = results("full")
     states, again = taken["states"]["state"], taken["again"]["state"]
-    assert same(states, again) and states["up.weight"]["exp_avg"].shape == (5, 300)
+    assert same(states, again) and states["up.weight"]["exp_avg_codes"].shape == (5, 300)
 
 
 def test_what_cannot_be_is_refused(results):
     for rank in (0, 1):
         _, refused = results("refused", rank)
         whole, cut, nothing = refused["messages"]
-        assert "exp_avg is one whole tensor, its parameter distributed as (Shard(dim=0),)" in whole
+        assert "exp_avg_codes is one whole tensor, its parameter distributed as (Shard(dim=0),)" in whole
         assert "set_optimizer_state_dict" in whole
         assert "shape [4, 256] is cut into 2 pieces along its last dimension" in cut and "groups of 256" in cut
         assert nothing is None, "a piece that is whole groups is not cut"

@@ -101,7 +101,7 @@ def adamw(folder, rank, sharded):
     save(folder / f"saved-by-{dist.get_world_size()}", model, optimizer)
     losses += train(model, optimizer, range(2, 4))
     params, states = whole(model, optimizer)
-    codes = optimizer.state[model.up.weight]["exp_avg"]
+    codes = optimizer.state[model.up.weight]["exp_avg_codes"]
     return {
         "losses": losses,
         "params": params,

@@ -146,8 +146,24 @@ def test_bf16_parameters_are_rounded_once(device):
     set_gradients(low, 0)
     for p, q in zip(low, full, strict=True):
         q.grad = p.grad.float()
-    of_matrices(low, lr=0.05).step(), of_matrices(full, lr=0.05).step()
+    of_matrices(low, lr=0.05, weights="nearest").step(), of_matrices(full, lr=0.05).step()
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(low, full, strict=True))
+
+
+def test_24_bit_weights(device):
+    """BF16 matrices with 8 more bits follow float32 ones to 2**-16 of themselves a step."""
+    low = matrices(device, torch.bfloat16)
+    full = [nn.Parameter(p.float()) for p in low]
+    mine, reference = of_matrices(low, lr=1e-3, weights="master"), of_matrices(full, lr=1e-3)
+    for t in range(4):
+        set_gradients(low, t)
+        for p, q in zip(low, full, strict=True):
+            q.grad = p.grad.float()
+        mine.step(), reference.step()
+    masters = mine.master_weights()
+    for p, q in zip(low, full, strict=True):
+        assert mine.state[p]["weight_residual"].shape == p.shape
+        assert ((masters[p] - q).abs() <= 4 * 2.0**-16 * q.abs().clamp(min=1e-2)).all()
 
 
 def test_gradients_that_are_not_finite(device):
