@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .optim import CoatAdamW
+    from .optim import CoatAdamW, CoatLion
 
 _HOMES = {
     "CoatAdamW": "optim",
     "CoatCallback": "integrations.trainer",
     "CoatConfig": "config",
+    "CoatLion": "optim",
     "CoatOptimizerConfig": "config",
     "HfCoatConfig": "config",
     "TrainingArguments": "integrations.trainer",
@@ -34,6 +35,7 @@ __all__ = [
     "CoatAdamW",
     "CoatCallback",
     "CoatConfig",
+    "CoatLion",
     "CoatOptimizerConfig",
     "HfCoatConfig",
     "TrainingArguments",

@@ -1,5 +1,6 @@
 """Optimizers whose states are kept in 8 bits."""
 
 from .adamw import CoatAdamW, CoatOptimizer
+from .lion import CoatLion
 
-__all__ = ["CoatAdamW", "CoatOptimizer"]
+__all__ = ["CoatAdamW", "CoatLion", "CoatOptimizer"]
