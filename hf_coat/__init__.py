@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
+    from .optim import CoatAdamW, CoatLion, CoatMuon, GradientRelease, muon_groups
 
 _HOMES = {
     "CoatAdamW": "optim",
     "CoatCallback": "integrations.trainer",
     "CoatConfig": "config",
+    "CoatLion": "optim",
     "CoatMuon": "optim",
     "CoatOptimizerConfig": "config",
     "GradientRelease": "optim",
@@ -37,6 +38,7 @@ __all__ = [
     "CoatAdamW",
     "CoatCallback",
     "CoatConfig",
+    "CoatLion",
     "CoatMuon",
     "CoatOptimizerConfig",
     "GradientRelease",

@@ -39,6 +39,13 @@ class Keep(str, enum.Enum):
     BF16 = "bf16"
 
 
+class OptimizerName(str, enum.Enum):
+    """The optimizers that a recipe can bring: ``adamw``, :class:`hf_coat.CoatAdamW`; ``lion``, its ``CoatLion``."""
+
+    ADAMW = "adamw"
+    LION = "lion"
+
+
 def _settings(cls: type) -> type:
     """Make a dataclass answer an unknown key with the valid ones, and show in its repr only what is not default."""
     init, names = cls.__init__, [f.name for f in fields(cls) if f.init]
@@ -211,9 +218,10 @@ class CoatConfig(QuantizationConfigMixin):
 @_settings
 @dataclass(frozen=True, repr=False)
 class CoatOptimizerConfig:
-    """What happens to the optimizer: AdamW with moments of 8 bits per value (paper section 3).
+    """What happens to the optimizer: moments of 8 bits per value (paper section 3).
 
     Args:
+        name: ``"adamw"``, or ``"lion"`` (arXiv 2302.06675), which has one moment and so half of the state.
         group_size: Consecutive values along the last dimension that share a scale, 1 to 1024.
         format: How the moments are kept: ``"lean"``, m / sqrt(v) and the fourth root of v in equal steps, with less
             than half of the error and less side data; ``"paper"``, E4M3 with dynamic range expansion; or plain
@@ -231,6 +239,7 @@ class CoatOptimizerConfig:
         ValueError: For a group size out of its range, or a value that is not one of the choices.
     """
 
+    name: OptimizerName = OptimizerName.ADAMW
     group_size: int = 128
     format: StateFormat = StateFormat.LEAN
     weights: Weights = Weights.STOCHASTIC
@@ -242,6 +251,7 @@ class CoatOptimizerConfig:
             raise TypeError(f"CoatOptimizerConfig.group_size is {self.group_size!r}; it must be an integer")
         if not 1 <= self.group_size <= MAX_GROUP_SIZE:
             raise ValueError(f"CoatOptimizerConfig.group_size is {self.group_size}; it must be 1 to {MAX_GROUP_SIZE}")
+        _set_choice(self, "name", OptimizerName, tuple(OptimizerName))
         _set_choice(self, "format", StateFormat, tuple(StateFormat))
         _set_choice(self, "weights", Weights, tuple(Weights))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

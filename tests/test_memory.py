@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_coat import CoatAdamW, HfCoatConfig, apply_coat
+from hf_coat import CoatAdamW, CoatLion, HfCoatConfig, apply_coat
 from hf_coat.memory import MemoryBreakdown, measure, predict
 from hf_coat.modules import CoatLinear
 
@@ -146,13 +146,19 @@ def test_optimizer_states_of_any_shape(shape, dtype):
     model.p = nn.Parameter(torch.ones(shape, dtype=dtype))
     model.forward = lambda x: CausalLMOutput(loss=(model.p * x).sum())
     modes = [{"format": format, "weights": weights} for format in StateFormat for weights in Weights]
-    cases = [(128, CoatAdamW, mode) for mode in modes] + [(None, torch.optim.AdamW, {})]
+    kinds = {CoatAdamW: "adamw", CoatLion: "lion"}
+    cases = [(128, kind, mode) for kind in kinds for mode in modes] + [(None, torch.optim.AdamW, {})]
     for group_size, kind, mode in cases:
         optimizer = kind(model.parameters(), **mode)
         model.p.grad = torch.ones_like(model.p)
         optimizer.step()
         held = sum(value.nbytes for value in optimizer.state[model.p].values())
-        assert predict(model, {"x": torch.ones(1)}, group_size=group_size, **mode).optimizer_states == held
+        assert (
+            predict(
+                model, {"x": torch.ones(1)}, group_size=group_size, optimizer=kinds.get(kind, "adamw"), **mode
+            ).optimizer_states
+            == held
+        )
 
 
 def test_prediction_leaves_the_model_alone():

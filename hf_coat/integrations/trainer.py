@@ -25,9 +25,9 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from ..config import CONFIG_NAME, HfCoatConfig
+from ..config import CONFIG_NAME, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
-from ..optim import CoatAdamW, CoatOptimizer, GradientRelease
+from ..optim import CoatAdamW, CoatLion, CoatOptimizer, GradientRelease
 from ..report import format_bytes
 from .checks import check_model, check_release, check_run
 
@@ -90,7 +90,7 @@ class CoatArgumentsMixin:
     def _warn_about_optim(self, default: str) -> None:
         if self.optim not in (default, COAT_ADAMW):
             logger.warning(
-                f"optim={getattr(self.optim, 'value', self.optim)!r} is not used: coat= brings its own AdamW. To keep "
+                f"optim={getattr(self.optim, 'value', self.optim)!r} is not used: coat= brings its own. To keep "
                 "your optimizer leave that half out: coat=HfCoatConfig(optimizer=None)"
             )
 
@@ -148,7 +148,7 @@ def _convert(model: nn.Module, coat: HfCoatConfig) -> ConversionReport | None:
     return apply_coat(model, coat.model)
 
 
-def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[CoatAdamW], dict[str, Any]]:
+def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[CoatOptimizer], dict[str, Any]]:
     """What ``optim="coat_adamw"`` is. It converts as well: no event tells of a model that ``model_init`` made."""
     coat = HfCoatConfig.resolve(context.args.coat)
     if context.optim_args:
@@ -159,6 +159,9 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
     if context.model is not None:
         _convert(context.model, coat)
     settings = {f.name: getattr(coat.optimizer, f.name) for f in fields(coat.optimizer)}
+    del settings["gradient_release"]  # that is the callback's
+    if settings.pop("name") is OptimizerName.LION:  # as transformers' own, with the betas of the arguments
+        return CoatLion, context.optimizer_kwargs | {"betas": context.adam_kwargs["betas"]} | settings
     return CoatAdamW, context.optimizer_kwargs | context.adam_kwargs | settings
 
 

@@ -2,11 +2,13 @@
 
 from .adamw import CoatAdamW, CoatOptimizer
 from .interop import from_adamw_state_dict, to_adamw_state_dict
+from .lion import CoatLion
 from .muon import CoatMuon, MuonScale, muon_groups
 from .release import GradientRelease
 
 __all__ = [
     "CoatAdamW",
+    "CoatLion",
     "CoatMuon",
     "CoatOptimizer",
     "GradientRelease",

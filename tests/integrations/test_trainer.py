@@ -19,6 +19,7 @@ from hf_coat import (
     CoatAdamW,
     CoatCallback,
     CoatConfig,
+    CoatLion,
     CoatOptimizerConfig,
     HfCoatConfig,
     TrainingArguments,
@@ -394,6 +395,23 @@ def test_save_kill_resume_equals_the_straight_run(make, tools, tmp_path, killed_
     for file in ("model.safetensors", "scheduler.pt"):
         paths = [path / "checkpoint-4" / file for path in (folder, tmp_path / "straight")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "lion"}, {"weights": "master"}, {"name": "lion", "format": "paper", "weights": "master"}]
+)
+def test_other_optimizers_resume_bit_for_bit(make, tools, tmp_path, optimizer):
+    settings = RESUMABLE | {"coat": {"model": None, "optimizer": optimizer}, "learning_rate": 1e-3}
+    straight = make(model=tools.tiny_llama(torch.bfloat16), output_dir=tmp_path / "straight", **settings)
+    straight.train()
+    kind = {"lion": CoatLion}.get(optimizer.get("name"), CoatAdamW)
+    assert type(bare(straight.optimizer)) is kind and bare(straight.optimizer).defaults["betas"] == (0.9, 0.999)
+    half = tmp_path / "straight" / "checkpoint-2"
+    again = make(model=tools.tiny_llama(torch.bfloat16, seed=1), output_dir=tmp_path / "again", **settings)
+    again.train(resume_from_checkpoint=str(half))
+    assert tools.same_bits(snapshot(again.model), snapshot(straight.model))
+    assert tools.same_bits(again.optimizer.state_dict(), straight.optimizer.state_dict())
+    assert callback_of(straight).record["optimizer_states"] == bare(straight.optimizer).state_bytes()
 
 
 def listing(folder):
