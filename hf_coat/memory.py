@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .config import OptimizerName
 from .convert import remove_coat
+from .optim.sharding import rows_shape
 
 STEP_BYTES = 4
 
@@ -210,7 +211,7 @@ def _state_bytes(p: torch.Tensor, group_size: int | None, format: StateFormat, w
     """Bytes of one parameter's optimizer state: its moments, the step in a float32 scalar, a master's residual."""
     if group_size is None:
         return 2 * p.nbytes + STEP_BYTES
-    groups = math.prod(group_shape(p.shape, group_size))
+    groups = math.prod(group_shape(rows_shape(p.shape), group_size))
     residual = p.numel() if weights is Weights.MASTER and p.dtype == torch.bfloat16 else 0
     return moments * (p.numel() + groups * format.group_bytes) + STEP_BYTES + residual
 
