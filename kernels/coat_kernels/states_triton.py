@@ -32,11 +32,13 @@ WIDTH = tl.constexpr(13)
 # The columns of the scalars, float32: lr, 1 / (1 - beta1**step), 1 / sqrt(1 - beta2**step), the bits of the key.
 SCALARS = tl.constexpr(4)
 
-TILE = 512  # values: 16 for each thread of the one warp, so that one group lies in eight neighbouring threads
+# 8 values for each thread: 16 bytes of BF16, and no value changes its thread (codes alone would lie 16 to a thread, at
+# twice the registers). One warp needs no barriers, and so many programs fit that some compute while others load.
+TILE = 256
+WARPS = 1
 MOST_GROUPS = 64  # in a tile of short groups: each thread keeps side data of its groups
 TILES = 16
-STAGES = 3  # tiles in flight: one at work, two on their way
-WARPS = 1
+STAGES = 1  # tiles in flight in one program
 VECTOR = 16  # bytes of the widest memory access
 MOST_TABLES = 64
 
@@ -138,7 +140,7 @@ def _signed(codes):
 @triton.jit
 def _to_byte(x):
     """The low byte of float32 ``x`` rounded to the nearest integer, which lies within 2**22."""
-    return ((x + ROUND).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 # --- E4M3, with and without expansion
