@@ -26,8 +26,8 @@ from hf_coat.optim import CoatAdamW, CoatLion
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("bitsandbytes", "torchao")
 LR = 1e-5
-TUNED = {"TILE": (512, 1024, 2048, 4096), "WARPS": (1, 2, 4), "TILES": (1, 4, 16), "STAGES": (1, 2, 3)}
-VALUES_PER_THREAD = (8, 16, 32)
+TUNED = {"TILE": (256, 512, 1024, 2048), "WARPS": (1, 2, 4), "TILES": (4, 16, 64), "STAGES": (1, 2, 3)}
+VALUES_PER_THREAD = (8, 16)
 
 
 def shapes(tiny: bool) -> list[tuple[int, ...]]:

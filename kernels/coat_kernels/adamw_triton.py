@@ -108,7 +108,7 @@ def _adamw_kernel(
             root = v * inverse_root
             ratio = m * inverse_root
             m_amax = tl.max(ratio.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, axis=1)
-            v_amax = tl.max(v.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, axis=1)
+            v_amax = tl.max(v.to(tl.uint32, bitcast=True), axis=1)  # a NaN may have a sign, and be larger still
         else:
             m = decode_e4m3(m_codes, beta1 * m_scale, m_expansion, FORMAT == PAPER, False) + rest1 * g
             v = decode_e4m3(v_codes, beta2 * v_scale, v_expansion, FORMAT == PAPER, True) + rest2 * g * g

@@ -32,11 +32,13 @@ WIDTH = tl.constexpr(13)
 # The columns of the scalars, float32: lr, 1 / (1 - beta1**step), 1 / sqrt(1 - beta2**step), the bits of the key.
 SCALARS = tl.constexpr(4)
 
-TILE = 512  # values: 16 for each thread of the one warp, so that one group lies in eight neighbouring threads
+# 8 values for each thread: 16 bytes of BF16, and no value changes its thread (codes alone would lie 16 to a thread, at
+# twice the registers). One warp needs no barriers, and so many programs fit that some compute while others load.
+TILE = 256
+WARPS = 1
 MOST_GROUPS = 64  # in a tile of short groups: each thread keeps side data of its groups
 TILES = 16
-STAGES = 3  # tiles in flight: one at work, two on their way
-WARPS = 1
+STAGES = 1  # tiles in flight in one program
 VECTOR = 16  # bytes of the widest memory access
 MOST_TABLES = 64
 
@@ -138,7 +140,7 @@ def _signed(codes):
 @triton.jit
 def _to_byte(x):
     """The low byte of float32 ``x`` rounded to the nearest integer, which lies within 2**22."""
-    return ((x + ROUND).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 # --- E4M3, with and without expansion
@@ -309,19 +311,24 @@ _tables: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # the last ones, by w
 _captured: list[torch.Tensor] = []  # those that CUDA graphs read
 
 
-def _table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """The table on the device. Gradients often come back to where they were: then it is there already."""
-    key = (device, *map(tuple, rows))
+def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """Numbers as int64 [rows, columns] on the device. Most are those of the step before: then they are there already.
+
+    Gradients often come back to where they were.
+    """
+    key = (device, rows)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.get(key)
     if table is None and capturing:  # a graph cannot copy from the host's memory; it can fill with numbers
         table = torch.stack([torch.full((), x, dtype=torch.int64, device=device) for row in rows for x in row])
-        table = table.view(len(rows), WIDTH.value)
+        table = table.view(len(rows), -1)
     elif table is None:
         host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         table = _tables[key] = host.to(device, non_blocking=True)
         if len(_tables) > MOST_TABLES:
             _tables.popitem(last=False)
+    else:
+        _tables.move_to_end(key)
     if capturing:
         _captured.append(table)
     return table
@@ -338,7 +345,7 @@ def _scalars(lr, steps, numbers, betas, weights, seed, device) -> torch.Tensor:
     host[:, 1] = 1 / (1 - beta1 ** steps.double())
     host[:, 2] = (1 - beta2 ** steps.double()).rsqrt()
     if weights is Weights.STOCHASTIC:
-        keys = hashed(steps.long(), torch.tensor([hashed(n, hashed(seed, 1)) for n in numbers], device=where))
+        keys = hashed(steps.long(), _on_device((tuple(hashed(n, hashed(seed, 1)) for n in numbers),), where)[0])
         host[:, 3] = (keys - ((keys >> 31) << 32)).int().view(torch.float32)
     scalars = host.to(device, non_blocking=True)
     if lr.device not in (where, torch.device("cpu")):
@@ -385,7 +392,7 @@ def launch(
             for row in rows:
                 row.append(programs)
                 programs += -(-row[GROUP_COUNT.value] // (groups * TILES))
-            table = _table(rows, skipped.device)
+            table = _on_device(tuple(map(tuple, rows)), skipped.device)
             scalars = _scalars(lr, of_rows, row_numbers, betas, mode, seed, skipped.device)
             kernel[(programs,)](
                 table, scalars, len(rows), skipped, *constants,
