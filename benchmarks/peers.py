@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py layer [--trace]      one decoder layer, forward and backward
     python benchmarks/peers.py stack [--trace]      16 layers with embeddings, head and loss, forward and backward
-    python benchmarks/peers.py step [--batch 1]     the stock Trainer's full-parameter training of 32 layers
+    python benchmarks/peers.py step [--release]     the stock Trainer's full-parameter training of 32 layers
     python benchmarks/peers.py small                from which size on FP8 pays: BF16 and "lean" over tokens and widths
     python benchmarks/peers.py shapes               lengths that change every step: how often Triton compiles
 
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -144,7 +144,9 @@ def run_step(name: str, options) -> dict:
     if peer.recipe:
         import hf_coat
 
-        kind, recipe = hf_coat.TrainingArguments, {"coat": peer.recipe}
+        coat = hf_coat.HfCoatConfig.resolve(peer.recipe)
+        coat = replace(coat, optimizer=replace(coat.optimizer, gradient_release=options.release))
+        kind, recipe = hf_coat.TrainingArguments, {"coat": coat}
     config = llama_config(options.size, options.layers, options.length, options.vocabulary)
     model = causal_lm(name, config, DEVICE, compile=False)
     ids = random_ids(options.steps * options.batch, options.length, vocabulary=options.vocabulary).cpu()
@@ -310,6 +312,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int)
     parser.add_argument("--iterations", type=int, help="measured calls in the other cases")
     parser.add_argument("--trace", action="store_true", help='trace three calls in "layer" and "stack"')
+    parser.add_argument("--release", action="store_true", help='COAT in "step" with gradient release')
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU too")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that a peer may take")
     parser.add_argument("--json", type=Path, help="write the figures here")

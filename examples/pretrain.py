@@ -162,11 +162,14 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     if args.coat is not None:  # COAT: already applied; asking again tells what it did
         if args.coat.model is not None:
             print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n")
-        batch, optimizer = (args.train_batch_size, script_args.block_size), args.coat.optimizer
+        batch, kept = (args.train_batch_size, script_args.block_size), {"group_size": None}
+        if (optimizer := args.coat.optimizer) is not None:
+            kept = {key: getattr(optimizer, key) for key in ("group_size", "format", "weights")}
+            kept["optimizer"] = optimizer.name
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             predicted = (
                 memory.predict(model, batch, coat=False, group_size=None),
-                memory.predict(model, batch, group_size=optimizer.group_size if optimizer else None),
+                memory.predict(model, batch, **kept),
             )
 
     begun = time.monotonic()

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .optim import CoatAdamW
+    from .optim import CoatAdamW, CoatLion, CoatMuon, GradientRelease, muon_groups
 
 _HOMES = {
     "CoatAdamW": "optim",
     "CoatCallback": "integrations.trainer",
     "CoatConfig": "config",
+    "CoatLion": "optim",
+    "CoatMuon": "optim",
     "CoatOptimizerConfig": "config",
+    "GradientRelease": "optim",
     "HfCoatConfig": "config",
     "TrainingArguments": "integrations.trainer",
     "apply_coat": "convert",
+    "muon_groups": "optim",
     "remove_coat": "convert",
     "with_coat": "integrations.trainer",
 }
@@ -34,10 +38,14 @@ __all__ = [
     "CoatAdamW",
     "CoatCallback",
     "CoatConfig",
+    "CoatLion",
+    "CoatMuon",
     "CoatOptimizerConfig",
+    "GradientRelease",
     "HfCoatConfig",
     "TrainingArguments",
     "apply_coat",
+    "muon_groups",
     "remove_coat",
     "with_coat",
 ]

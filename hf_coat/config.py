@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from coat_kernels.adamw import MAX_GROUP_SIZE
 from coat_kernels.formats import Fp8Format, Granularity, ScaleFormat
+from coat_kernels.states import MAX_GROUP_SIZE, StateFormat, Weights
 from packaging.version import Version
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -37,6 +37,13 @@ class Keep(str, enum.Enum):
     LEAN = "lean"
     PAPER = "paper"
     BF16 = "bf16"
+
+
+class OptimizerName(str, enum.Enum):
+    """The optimizers that a recipe can bring: ``adamw``, :class:`hf_coat.CoatAdamW`; ``lion``, its ``CoatLion``."""
+
+    ADAMW = "adamw"
+    LION = "lion"
 
 
 def _settings(cls: type) -> type:
@@ -211,26 +218,45 @@ class CoatConfig(QuantizationConfigMixin):
 @_settings
 @dataclass(frozen=True, repr=False)
 class CoatOptimizerConfig:
-    """What happens to the optimizer's states: AdamW with moments in E4M3 (paper section 3).
+    """What happens to the optimizer: moments of 8 bits per value (paper section 3).
 
     Args:
-        group_size: Consecutive values along the last dimension that share a scale and an expansion, 1 to 1024.
-        expand: Whether a group is expanded to the range of E4M3 before it is rounded; False is plain E4M3.
+        name: ``"adamw"``, or ``"lion"`` (arXiv 2302.06675), which has one moment and so half of the state.
+        group_size: Consecutive values along the last dimension that share a scale, 1 to 1024.
+        format: How the moments are kept: ``"lean"``, m / sqrt(v) and the fourth root of v in equal steps, with less
+            than half of the error and less side data; ``"paper"``, E4M3 with dynamic range expansion; or plain
+            ``"e4m3"``.
+        weights: How BF16 parameters are rounded: to ``"nearest"``, which loses small updates; ``"stochastic"``, which
+            keeps them on average; or ``"master"``, which keeps 8 more bits of each in the optimizer's state. FP32
+            parameters are exact.
+        seed: What stochastic rounding depends on, beside step, parameter and place.
+        gradient_release: Whether parameters are stepped inside the backward, so that their gradients never exist
+            together; see :mod:`hf_coat.optim.release`. Not with gradient accumulation or DDP, and ``max_grad_norm``
+            then clips each parameter's gradient by its own norm.
 
     Raises:
         TypeError: For an unknown key or a value of the wrong type.
-        ValueError: For a group size out of its range.
+        ValueError: For a group size out of its range, or a value that is not one of the choices.
     """
 
+    name: OptimizerName = OptimizerName.ADAMW
     group_size: int = 128
-    expand: bool = True
+    format: StateFormat = StateFormat.LEAN
+    weights: Weights = Weights.STOCHASTIC
+    seed: int = 0
+    gradient_release: bool = False
 
     def __post_init__(self):
         if not isinstance(self.group_size, int) or isinstance(self.group_size, bool):
             raise TypeError(f"CoatOptimizerConfig.group_size is {self.group_size!r}; it must be an integer")
         if not 1 <= self.group_size <= MAX_GROUP_SIZE:
             raise ValueError(f"CoatOptimizerConfig.group_size is {self.group_size}; it must be 1 to {MAX_GROUP_SIZE}")
-        _check_boolean(self, "expand")
+        _set_choice(self, "name", OptimizerName, tuple(OptimizerName))
+        _set_choice(self, "format", StateFormat, tuple(StateFormat))
+        _set_choice(self, "weights", Weights, tuple(Weights))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"CoatOptimizerConfig.seed is {self.seed!r}; it must be an integer")
+        _check_boolean(self, "gradient_release")
 
 
 @_settings
@@ -344,6 +370,6 @@ PRESETS = {
             scale_format=ScaleFormat.BFLOAT16,
             fuse_loss=False,
         ),
-        optimizer=CoatOptimizerConfig(group_size=128, expand=True),
+        optimizer=CoatOptimizerConfig(format=StateFormat.PAPER, weights=Weights.NEAREST),
     ),
 }

@@ -15,17 +15,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from coat_kernels.adamw import group_shape
+from coat_kernels.states import StateFormat, Weights, group_shape
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .config import OptimizerName
 from .convert import remove_coat
+from .optim.sharding import rows_shape
 
 STEP_BYTES = 4
-GROUP_BYTES = 4 + 1  # the float32 scale and the 8-bit expansion that CoatAdamW keeps for a group of codes
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def predict(
     *,
     coat: bool = True,
     group_size: int | None = 128,
+    format: StateFormat | str = StateFormat.LEAN,
+    weights: Weights | str = Weights.STOCHASTIC,
+    optimizer: OptimizerName | str = OptimizerName.ADAMW,
 ) -> MemoryBreakdown:
     """Bytes that one training step of ``model`` takes, found without running it.
 
@@ -73,7 +77,9 @@ def predict(
         batch: The arguments of one forward by name; or ``(batch size, length)`` for a language model, which stands for
             ``input_ids`` and ``labels`` of that shape and no padding.
         coat: False predicts the model as :func:`hf_coat.remove_coat` leaves it.
-        group_size: Values per group of :class:`hf_coat.CoatAdamW`; None for ``torch.optim.AdamW``.
+        group_size: Values per group of COAT's optimizer; None for ``torch.optim.AdamW``.
+        format, weights: How COAT's optimizer keeps moments and BF16 weights.
+        optimizer: Which one it is.
 
     Raises:
         RuntimeError: Where the forward's course depends on computed values (the routing of some mixtures of experts)
@@ -102,10 +108,11 @@ def predict(
     with mode, _RealIntegers():
         activations, _ = _saved_by_forward(model.train(), batch)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    kept = group_size, StateFormat(format), Weights(weights), 1 if optimizer == OptimizerName.LION else 2
     return MemoryBreakdown(
         weights=_bytes(_tensors_of(model)),
         gradients=_bytes(trainable),
-        optimizer_states=sum(_state_bytes(p, group_size) for p in trainable),
+        optimizer_states=sum(_state_bytes(p, *kept) for p in trainable),
         activations=activations,
     )
 
@@ -200,12 +207,13 @@ def _bytes(tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()
     return sum(size for storage, size in sizes.items() if storage not in known)
 
 
-def _state_bytes(p: torch.Tensor, group_size: int | None) -> int:
-    """Bytes of one parameter's optimizer state: two moments, and the step in a float32 scalar."""
+def _state_bytes(p: torch.Tensor, group_size: int | None, format: StateFormat, weights: Weights, moments: int) -> int:
+    """Bytes of one parameter's optimizer state: its moments, the step in a float32 scalar, a master's residual."""
     if group_size is None:
         return 2 * p.nbytes + STEP_BYTES
-    groups = math.prod(group_shape(p.shape, group_size))
-    return 2 * (p.numel() + groups * GROUP_BYTES) + STEP_BYTES
+    groups = math.prod(group_shape(rows_shape(p.shape), group_size))
+    residual = p.numel() if weights is Weights.MASTER and p.dtype == torch.bfloat16 else 0
+    return moments * (p.numel() + groups * format.group_bytes) + STEP_BYTES + residual
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from hf_coat.config import CONFIG_NAME, PRESETS
 
 ODD = HfCoatConfig(
     model=CoatConfig(granularity="tensor", power_of_two=False, modules_to_not_convert=["q_proj"]),
-    optimizer=CoatOptimizerConfig(group_size=64, expand=False),
+    optimizer=CoatOptimizerConfig(group_size=64, format="e4m3"),
 )
 
 
@@ -27,7 +27,8 @@ def test_presets():
         granularity="tensor", power_of_two=False, grad_format="e5m2", activations="paper", group_size=16,
         scale_format="bfloat16", fuse_loss=False,
     )  # fmt: skip
-    assert paper.optimizer == lean.optimizer == CoatOptimizerConfig(group_size=128, expand=True)
+    assert paper.optimizer == CoatOptimizerConfig(group_size=128, format="paper", weights="nearest")
+    assert lean.optimizer == CoatOptimizerConfig(group_size=128, format="lean", weights="stochastic", seed=0)
     lean.model.modules_to_not_convert = ["q_proj"]
     assert PRESETS["lean"] == HfCoatConfig(), "a preset that was handed out is the user's own"
 
@@ -44,7 +45,7 @@ def test_repr_shows_what_is_not_default():
     assert repr(CoatConfig(granularity="tensor")) == "CoatConfig(granularity='tensor')"
     assert repr(ODD) == (
         "HfCoatConfig(model=CoatConfig(granularity='tensor', power_of_two=False, modules_to_not_convert=['q_proj']), "
-        "optimizer=CoatOptimizerConfig(group_size=64, expand=False))"
+        "optimizer=CoatOptimizerConfig(group_size=64, format='e4m3'))"
     )
     assert repr(HfCoatConfig(optimizer=None)) == "HfCoatConfig(optimizer=None)"
 
@@ -80,12 +81,15 @@ def test_repr_shows_what_is_not_default():
         (lambda: CoatConfig(modules_to_not_convert=[1]), TypeError, ["modules_to_not_convert", "[1]", "list of str"]),
         (lambda: CoatConfig().update(granularity="row"), ValueError, ["granularity", "'row'", "'tensor', 'token'"]),
         (lambda: CoatConfig.from_dict({"quant_method": "awq"}), ValueError, ["quant_method", "'awq'", "'coat'"]),
-        (lambda: CoatOptimizerConfig(group=1), TypeError, ["group=1", "group_size, expand"]),
+        (lambda: CoatOptimizerConfig(group=1), TypeError, ["group=1", "name, group_size, format, weights, seed"]),
         (lambda: CoatOptimizerConfig(group_size=0), ValueError, ["group_size", "0", "1 to 1024"]),
         (lambda: CoatOptimizerConfig(group_size=1025), ValueError, ["group_size", "1025", "1 to 1024"]),
         (lambda: CoatOptimizerConfig(group_size=True), TypeError, ["group_size", "True", "integer"]),
         (lambda: CoatOptimizerConfig(group_size=128.0), TypeError, ["group_size", "128.0", "integer"]),
-        (lambda: CoatOptimizerConfig(expand=None), TypeError, ["expand", "None", "True or False"]),
+        (lambda: CoatOptimizerConfig(format="fp8"), ValueError, ["format", "'fp8'", "'lean', 'paper', 'e4m3'"]),
+        (lambda: CoatOptimizerConfig(name="sgd"), ValueError, ["name", "'sgd'", "'adamw', 'lion'"]),
+        (lambda: CoatOptimizerConfig(weights=None), ValueError, ["weights", "None", "'nearest', 'stochastic'"]),
+        (lambda: CoatOptimizerConfig(seed=1.0), TypeError, ["seed", "1.0", "integer"]),
         (lambda: HfCoatConfig(optim="adamw"), TypeError, ["optim='adamw'", "model, optimizer"]),
         (lambda: HfCoatConfig(model=None, optimizer=None), ValueError, ["model", "optimizer", "both None"]),
         (lambda: HfCoatConfig(model="lean"), TypeError, ["model", "'lean'", "CoatConfig"]),
@@ -94,7 +98,11 @@ def test_repr_shows_what_is_not_default():
             TypeError,
             ["optimizer", "CoatConfig()", "CoatOptimizerConfig"],
         ),
-        (lambda: HfCoatConfig(optimizer={"size": 1}), TypeError, ["size=1", "group_size, expand"]),
+        (
+            lambda: HfCoatConfig(optimizer={"size": 1}),
+            TypeError,
+            ["size=1", "name, group_size, format, weights, seed"],
+        ),
         (lambda: HfCoatConfig.from_dict([]), TypeError, ["HfCoatConfig", "[]", "dict"]),
         (lambda: HfCoatConfig.resolve(3), TypeError, ["coat", "3", "'lean', 'paper'", "path"]),
         (lambda: HfCoatConfig.resolve("leen"), ValueError, ["'leen'", "'lean', 'paper'", "JSON", "no file 'leen'"]),

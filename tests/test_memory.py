@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from coat_kernels.states import StateFormat, Weights
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_coat import CoatAdamW, HfCoatConfig, apply_coat
+from hf_coat import CoatAdamW, CoatLion, HfCoatConfig, apply_coat
 from hf_coat.memory import MemoryBreakdown, measure, predict
 from hf_coat.modules import CoatLinear
 
@@ -144,12 +145,20 @@ def test_optimizer_states_of_any_shape(shape, dtype):
     model = Net()
     model.p = nn.Parameter(torch.ones(shape, dtype=dtype))
     model.forward = lambda x: CausalLMOutput(loss=(model.p * x).sum())
-    for group_size, kind in ((128, CoatAdamW), (None, torch.optim.AdamW)):
-        optimizer = kind(model.parameters())
+    modes = [{"format": format, "weights": weights} for format in StateFormat for weights in Weights]
+    kinds = {CoatAdamW: "adamw", CoatLion: "lion"}
+    cases = [(128, kind, mode) for kind in kinds for mode in modes] + [(None, torch.optim.AdamW, {})]
+    for group_size, kind, mode in cases:
+        optimizer = kind(model.parameters(), **mode)
         model.p.grad = torch.ones_like(model.p)
         optimizer.step()
         held = sum(value.nbytes for value in optimizer.state[model.p].values())
-        assert predict(model, {"x": torch.ones(1)}, group_size=group_size).optimizer_states == held
+        assert (
+            predict(
+                model, {"x": torch.ones(1)}, group_size=group_size, optimizer=kinds.get(kind, "adamw"), **mode
+            ).optimizer_states
+            == held
+        )
 
 
 def test_prediction_leaves_the_model_alone():

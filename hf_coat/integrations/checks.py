@@ -5,7 +5,7 @@ Devices and dtypes are refused by :func:`hf_coat.convert.check_devices`, which e
 
 from torch import nn
 
-from ..config import CoatConfig
+from ..config import CoatConfig, HfCoatConfig
 from ..modules import CoatLinear
 
 
@@ -68,4 +68,18 @@ def check_run(*, mixed_precision: str = "no", deepspeed: bool = False, fsdp_vers
         raise ValueError(
             "COAT does not work under FSDP1, whose flat parameters lose the rows that share their scales: use FSDP2, "
             "with fsdp_config={'version': 2} or fsdp_version: 2 in the accelerate configuration"
+        )
+
+
+def check_release(coat: HfCoatConfig, gradient_accumulation_steps: int) -> None:
+    """Refuse gradient release where gradients accumulate.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if coat.optimizer is not None and coat.optimizer.gradient_release and gradient_accumulation_steps > 1:
+        raise ValueError(
+            "gradient_release=True steps each parameter in every backward, and gradient_accumulation_steps is "
+            f"{gradient_accumulation_steps}: set it to 1 and make the batch larger instead, for which "
+            "gradient_checkpointing=True makes room, or leave gradient_release out"
         )

@@ -9,6 +9,7 @@ the last event before the optimizer is made and before ``accelerate`` wraps the 
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -24,11 +25,11 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from ..config import CONFIG_NAME, HfCoatConfig
+from ..config import CONFIG_NAME, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
-from ..optim import CoatAdamW
+from ..optim import CoatAdamW, CoatLion, CoatOptimizer, GradientRelease
 from ..report import format_bytes
-from .checks import check_model, check_run
+from .checks import check_model, check_release, check_run
 
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
 # as a warning: transformers shows nothing less by default, and what was not converted must not go unseen.
@@ -71,6 +72,7 @@ class CoatArgumentsMixin:
         super().__post_init__()
         if self.coat is not None:
             check_run(fsdp_version=(self.fsdp_plugin_args or {}).get("fsdp_version"))
+            check_release(self.coat, self.gradient_accumulation_steps)
         if self._brings_optimizer():
             self.optim = COAT_ADAMW
 
@@ -88,7 +90,7 @@ class CoatArgumentsMixin:
     def _warn_about_optim(self, default: str) -> None:
         if self.optim not in (default, COAT_ADAMW):
             logger.warning(
-                f"optim={getattr(self.optim, 'value', self.optim)!r} is not used: coat= brings its own AdamW. To keep "
+                f"optim={getattr(self.optim, 'value', self.optim)!r} is not used: coat= brings its own. To keep "
                 "your optimizer leave that half out: coat=HfCoatConfig(optimizer=None)"
             )
 
@@ -146,7 +148,7 @@ def _convert(model: nn.Module, coat: HfCoatConfig) -> ConversionReport | None:
     return apply_coat(model, coat.model)
 
 
-def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[CoatAdamW], dict[str, Any]]:
+def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[CoatOptimizer], dict[str, Any]]:
     """What ``optim="coat_adamw"`` is. It converts as well: no event tells of a model that ``model_init`` made."""
     coat = HfCoatConfig.resolve(context.args.coat)
     if context.optim_args:
@@ -156,7 +158,10 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
         )
     if context.model is not None:
         _convert(context.model, coat)
-    settings = {"group_size": coat.optimizer.group_size, "expand": coat.optimizer.expand}
+    settings = {f.name: getattr(coat.optimizer, f.name) for f in fields(coat.optimizer)}
+    del settings["gradient_release"]  # that is the callback's
+    if settings.pop("name") is OptimizerName.LION:  # as transformers' own, with the betas of the arguments
+        return CoatLion, context.optimizer_kwargs | {"betas": context.adam_kwargs["betas"]} | settings
     return CoatAdamW, context.optimizer_kwargs | context.adam_kwargs | settings
 
 
@@ -180,6 +185,7 @@ class CoatCallback(TrainerCallback):
         self.coat: HfCoatConfig | None = HfCoatConfig.resolve(coat)
         self.report: ConversionReport | None = None
         self.record: dict[str, Any] = {}
+        self._release: GradientRelease | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -187,6 +193,7 @@ class CoatCallback(TrainerCallback):
         self._prepare(args, model)
 
     def _prepare(self, args, model: nn.Module) -> None:
+        check_release(self.coat, args.gradient_accumulation_steps)
         accelerator = AcceleratorState()
         fsdp = getattr(accelerator, "fsdp_plugin", None)
         check_run(
@@ -216,13 +223,14 @@ class CoatCallback(TrainerCallback):
         if self.report is not None and state.is_world_process_zero:
             logger.warning(f"COAT: {self.report.summary()}")
         self._check_optimizer(_bare(optimizer), state.global_step)
+        self._release_gradients(args, _bare(optimizer))
         if state.global_step > 0:
             self._compare_with_checkpoint(args, state)
 
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
         if self.coat.optimizer is None:
             return
-        if not isinstance(optimizer, CoatAdamW):
+        if not isinstance(optimizer, CoatOptimizer):
             logger.warning(
                 f"the Trainer was given or made {type(optimizer).__name__}, so COAT's optimizer half is not in use. "
                 "If that is meant, say so: coat=HfCoatConfig(optimizer=None)"
@@ -233,6 +241,14 @@ class CoatCallback(TrainerCallback):
                 f"checkpoint lacks {' or '.join(RESUME_FILES[:2])}, because it was not written to its end, or with "
                 "save_only_model=True. Resume from another one, or start a new run from its weights"
             )
+
+    def _release_gradients(self, args, optimizer: Optimizer) -> None:
+        """Begin with gradient release, if the recipe says so: only now are these the parameters that are trained."""
+        if self._release is not None:  # auto_find_batch_size begins a second time
+            self._release.remove()
+        if self.coat.optimizer is not None and self.coat.optimizer.gradient_release:
+            if isinstance(optimizer, CoatOptimizer):
+                self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
 
     def _compare_with_checkpoint(self, args, state) -> None:
         """Say in what the recipe differs from the one that the checkpoint was made with.
@@ -254,9 +270,12 @@ class CoatCallback(TrainerCallback):
         if self.coat is None:
             return
         self.record |= {key: value for key, value in logs.items() if key.endswith("_per_second")}
-        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatAdamW) else 0
+        skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatOptimizer) else 0
         if skipped and "loss" in logs:  # the callbacks that show the logs come after this one
             logs["coat/skipped_groups"] = state.log_history[-1]["coat/skipped_groups"] = skipped
+        if self._release is not None and "grad_norm" in logs:  # Trainer itself found no gradients
+            norm = self._release.gradient_norm().item()
+            logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
 
     def on_save(self, args, state, control, **kwargs):
         self._write_config(args, args.output_dir, _checkpoint_folder(args, state))
@@ -267,6 +286,9 @@ class CoatCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.coat is None:
             return
+        if self._release is not None:
+            self._release.remove()
+            self._release = None
         self._write_config(args, args.output_dir)
         optimizer = _bare(optimizer)
         states = [value for values in optimizer.state.values() for value in values.values()]
@@ -275,7 +297,7 @@ class CoatCallback(TrainerCallback):
             "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
             "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
         }
-        if isinstance(optimizer, CoatAdamW) and state.is_world_process_zero:
+        if isinstance(optimizer, CoatOptimizer) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
             logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
 
@@ -289,7 +311,7 @@ class _FollowsArguments(CoatCallback):
     """The callback that every Trainer has: its recipe is ``args.coat``, and without one it does nothing."""
 
     def __init__(self):
-        self.coat, self.report, self.record = None, None, {}
+        self.coat, self.report, self.record, self._release = None, None, {}, None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -303,12 +325,13 @@ def _bare(optimizer) -> Optimizer:
 
 
 def _refuse_codes(optimizer: Optimizer) -> None:
-    """Other optimizers load the states of ours without a word, and take the FP8 codes for values."""
+    """Other optimizers load the states of ours without a word, and fail at their first step for what they lack."""
     states = getattr(optimizer, "state", {}).values()
-    if not isinstance(optimizer, CoatAdamW) and any(isinstance(s, dict) and "exp_avg_scale" in s for s in states):
+    if not isinstance(optimizer, CoatOptimizer) and any(isinstance(s, dict) and "exp_avg_codes" in s for s in states):
         raise ValueError(
-            f"{type(optimizer).__name__} was given the states of CoatAdamW, which it cannot read: resume with the "
-            "coat= of the checkpoint (its coat_config.json), or start a new run from its weights"
+            f"{type(optimizer).__name__} was given states of COAT's optimizer, which it cannot read: resume with the "
+            "coat= of the checkpoint (its coat_config.json), convert its optimizer.pt to AdamW's with "
+            "hf_coat.optim.to_adamw_state_dict, or start a new run from its weights"
         )
 
 

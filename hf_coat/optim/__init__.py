@@ -1,5 +1,19 @@
-"""Optimizers whose states are kept in FP8."""
+"""Optimizers whose states are kept in 8 bits."""
 
-from .adamw import CoatAdamW
+from .adamw import CoatAdamW, CoatOptimizer
+from .interop import from_adamw_state_dict, to_adamw_state_dict
+from .lion import CoatLion
+from .muon import CoatMuon, MuonScale, muon_groups
+from .release import GradientRelease
 
-__all__ = ["CoatAdamW"]
+__all__ = [
+    "CoatAdamW",
+    "CoatLion",
+    "CoatMuon",
+    "CoatOptimizer",
+    "GradientRelease",
+    "MuonScale",
+    "from_adamw_state_dict",
+    "muon_groups",
+    "to_adamw_state_dict",
+]

@@ -19,6 +19,7 @@ from hf_coat import (
     CoatAdamW,
     CoatCallback,
     CoatConfig,
+    CoatLion,
     CoatOptimizerConfig,
     HfCoatConfig,
     TrainingArguments,
@@ -81,9 +82,10 @@ def test_a_run(make, preset, heard, tmp_path):
 
     optimizer = bare(trained.optimizer)
     assert type(optimizer) is CoatAdamW
-    settings = {"lr", "betas", "eps", "weight_decay", "group_size", "expand"}
+    settings = {"lr", "betas", "eps", "weight_decay", "group_size", "format", "weights", "seed"}
     assert {key: optimizer.defaults[key] for key in settings} == {
-        "lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "group_size": 128, "expand": True,
+        "lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "group_size": 128, "format": preset,
+        "weights": {"lean": "stochastic", "paper": "nearest"}[preset], "seed": 0,
     }  # fmt: skip
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0], "that of the arguments"
 
@@ -136,11 +138,11 @@ def test_each_half_alone(make, tmp_path):
     assert model_only.args.optim != ours.COAT_ADAMW and converted(model_only.model) == 14
     model_only.train()
     assert type(bare(model_only.optimizer)) is torch.optim.AdamW
-    optimizer_only = make(coat=CoatOptimizerConfig(group_size=32, expand=False))
+    optimizer_only = make(coat=CoatOptimizerConfig(group_size=32, format="e4m3"))
     optimizer_only.train()
     assert converted(optimizer_only.model) == 0 and callback_of(optimizer_only).record["conversion"] is None
     assert bare(optimizer_only.optimizer).defaults["group_size"] == 32
-    assert not bare(optimizer_only.optimizer).defaults["expand"]
+    assert bare(optimizer_only.optimizer).defaults["format"] == "e4m3"
     assert make(coat={"optimizer": None}, optim="sgd").args.optim == "sgd"
 
 
@@ -389,10 +391,27 @@ def test_save_kill_resume_equals_the_straight_run(make, tools, tmp_path, killed_
     assert tools.same_bits(snapshot(again.model), snapshot(straight.model))
     assert tools.same_bits(again.optimizer.state_dict(), straight.optimizer.state_dict())
     states = bare(again.optimizer).state[again.model.model.layers[0].mlp.up_proj.weight]
-    assert states["exp_avg"].dtype == torch.uint8
+    assert states["exp_avg_codes"].dtype == torch.uint8
     for file in ("model.safetensors", "scheduler.pt"):
         paths = [path / "checkpoint-4" / file for path in (folder, tmp_path / "straight")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"name": "lion"}, {"weights": "master"}, {"name": "lion", "format": "paper", "weights": "master"}]
+)
+def test_other_optimizers_resume_bit_for_bit(make, tools, tmp_path, optimizer):
+    settings = RESUMABLE | {"coat": {"model": None, "optimizer": optimizer}, "learning_rate": 1e-3}
+    straight = make(model=tools.tiny_llama(torch.bfloat16), output_dir=tmp_path / "straight", **settings)
+    straight.train()
+    kind = {"lion": CoatLion}.get(optimizer.get("name"), CoatAdamW)
+    assert type(bare(straight.optimizer)) is kind and bare(straight.optimizer).defaults["betas"] == (0.9, 0.999)
+    half = tmp_path / "straight" / "checkpoint-2"
+    again = make(model=tools.tiny_llama(torch.bfloat16, seed=1), output_dir=tmp_path / "again", **settings)
+    again.train(resume_from_checkpoint=str(half))
+    assert tools.same_bits(snapshot(again.model), snapshot(straight.model))
+    assert tools.same_bits(again.optimizer.state_dict(), straight.optimizer.state_dict())
+    assert callback_of(straight).record["optimizer_states"] == bare(straight.optimizer).state_bytes()
 
 
 def listing(folder):
@@ -452,8 +471,8 @@ def test_optimizer_states_that_do_not_fit_are_refused(make, tools, tmp_path, kil
     for folder, coat, message in (
         (tmp_path / "plain", "lean", "another optimizer"),
         (other, {"optimizer": {"group_size": 32}}, "group_size=128.*group_size=32"),
-        (other, {"optimizer": None}, "AdamW was given the states of CoatAdamW.*coat_config.json"),
-        (other, None, "AdamW was given the states of CoatAdamW.*coat_config.json"),
+        (other, {"optimizer": None}, "AdamW was given states of COAT.*coat_config.json"),
+        (other, None, "AdamW was given states of COAT.*coat_config.json"),
     ):
         before = listing(folder)
         with pytest.raises(ValueError) as caught:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_coat.optim import CoatAdamW
 
-MOMENTS = [f"exp_avg{square}{part}" for square in ("", "_sq") for part in ("", "_scale", "_expansion")]
+MODES = [("lean", "stochastic"), ("lean", "master"), ("paper", "nearest"), ("e4m3", "stochastic")]
 SHAPES = [(40, 200), (3, 5, 70), (300,), (), (0, 4), (6, 3, 2, 2)]
 
 
@@ -61,20 +61,24 @@ def test_first_step_is_adamws(options, device):
         assert ((p - q).abs() <= 2.0**-21 * (q.abs() + step)).all()
 
 
-@pytest.mark.parametrize("expand", [True, False])
-def test_later_steps_stay_near_adamws(expand, device):
+@pytest.mark.parametrize("format", ["lean", "paper", "e4m3"])
+def test_later_steps_stay_near_adamws(format, device):
     """The error of every step is what rounding the states explains.
 
     Gradients of constant sign in [1/2, 1] give |m| and v a range of at most 2 and 4 in a group. A code is off by at
     most 1/16 (half a step at the bottom of a binade); expansions of 255 and floor(265.8 / 2) = 132 take the 15.9th and
-    8.25th root of that: d_m = 0.4 % and d_v = 0.8 %. Without expansion (ranges far inside E4M3's) both are 1/16. Terms
-    of one sign add up, so after t steps m is off by at most (1 + d_m)**t, v likewise, and the step, which is at most
-    2 lr (m <= 1 after its correction, sqrt(v) >= 1/2), by the product of the one and the root of the other.
+    8.25th root of that: d_m = 0.4 % and d_v = 0.8 %. Without expansion (ranges far inside E4M3's) both are 1/16. In
+    lean a code of v is at least 255 / 2**0.5, and off by 1 / 2, four times as much of v: d_v = 1.1 %; m has the error
+    of v's root (0.6 %) and half a step of m / sqrt(v), of 1 / 127 of the largest, itself at most twice the smallest:
+    d_m = 1.4 %. Terms of one sign add up, so after t steps m is off by at most (1 + d_m)**t, v likewise, and the step,
+    which is at most 2 lr (m <= 1 after its correction, sqrt(v) >= 1/2), by the product of the one and the root of the
+    other.
     """
     lr, steps = 1e-2, 6
     ours, theirs = parameters(device=device), parameters(device=device)
-    mine, reference = CoatAdamW(ours, lr=lr, expand=expand), torch.optim.AdamW(theirs, lr=lr)
-    d_m, d_v = ((17 / 16) ** (16 / 255), (17 / 16) ** (16 / 132)) if expand else (17 / 16, 17 / 16)
+    mine, reference = CoatAdamW(ours, lr=lr, format=format), torch.optim.AdamW(theirs, lr=lr)
+    paper = (17 / 16) ** (16 / 255), (17 / 16) ** (16 / 132)
+    d_m, d_v = {"lean": (1.014, 1.011), "paper": paper, "e4m3": (17 / 16, 17 / 16)}[format]
     bound = 0.0
     for t in range(steps):
         set_gradients(ours, t, low=0.5), set_gradients(theirs, t, low=0.5)
@@ -91,7 +95,7 @@ def test_bf16_parameters_are_rounded_once(device):
         parameters(torch.bfloat16, device),
         [nn.Parameter(p.float()) for p in parameters(torch.bfloat16, device)],
     )
-    mine, reference = CoatAdamW(low, lr=0.05), CoatAdamW(full, lr=0.05)
+    mine, reference = CoatAdamW(low, lr=0.05, weights="nearest"), CoatAdamW(full, lr=0.05)
     for t in range(3):
         set_gradients(low, t)
         for p, q in zip(low, full, strict=True):
@@ -100,6 +104,66 @@ def test_bf16_parameters_are_rounded_once(device):
         mine.step(), reference.step()
         for p, q in zip(low, full, strict=True):
             assert torch.equal(p, q.bfloat16())
+
+
+# --- BF16 weights
+
+
+def small_steps(weights, dtype=torch.bfloat16, device="cpu", steps=400):
+    """Ones after steps of -1 / 40 of the distance to the next lower BF16 number, 2**-8, and their optimizer."""
+    p = nn.Parameter(torch.ones(64, 128, dtype=dtype, device=device))
+    optimizer = CoatAdamW([p], lr=2.0**-8 / 40, weight_decay=0.0, weights=weights)
+    for _ in range(steps):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    return p, optimizer
+
+
+def test_small_updates(device):
+    """After 400 steps: nearest stands still, by chance the mean arrives, and so does the master of each value."""
+    expected = 1 - 400 / 40 * 2.0**-8
+    exact, _ = small_steps("stochastic", torch.float32, device)
+    assert (exact - expected).abs().max() < 1e-4
+    assert (small_steps("nearest", device=device)[0] == 1).all()
+    # Each of 8192 values makes 400 draws of a variance of at most p = 1 / 40 of (2**-8)**2.
+    deviation = 2.0**-8 * (400 / 40 / 8192) ** 0.5
+    assert abs(small_steps("stochastic", device=device)[0].float().mean().item() - expected) < 5 * deviation
+    p, optimizer = small_steps("master", device=device)
+    master = optimizer.master_weights()[p]
+    assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), p)
+    # steps of 2**-8 / 40 are 6.4 of the 24-bit numbers below one, of 2**-16; each is rounded to one, by at most 0.4
+    assert (master - expected).abs().max() < 400 * 0.41 * 2.0**-16
+    other = CoatAdamW([nn.Parameter(p.detach().clone())], weights="master")
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert torch.equal(next(iter(other.master_weights().values())), master)
+
+
+def test_master_of_weights_that_were_loaded():
+    """Weights from outside count; the old residual moves them by half of a BF16 step at most."""
+    p, optimizer = small_steps("master", steps=5)
+    loaded = torch.randn_like(p)
+    loaded[0, :4] = torch.tensor([0.0, -0.0, 1e-38, -1e-38])
+    with torch.no_grad():
+        p.copy_(loaded)
+    master = optimizer.master_weights()[p]
+    assert ((master - loaded.float()).abs() <= 2.0**-8 * loaded.float().abs() + 2.0**-126).all()
+    p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert p.isfinite().all() and torch.equal(optimizer.master_weights()[p], master)
+
+
+def test_seeds_matter_and_float32_weights_are_exact():
+    def run(seed, dtype):
+        params = parameters(dtype)
+        optimizer = CoatAdamW(params, lr=1e-4, seed=seed)
+        set_gradients(params, 0)
+        optimizer.step()
+        return params
+
+    a, b, c = run(0, torch.bfloat16), run(0, torch.bfloat16), run(1, torch.bfloat16)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and not torch.equal(a[0], c[0])
+    assert all(torch.equal(x, y) for x, y in zip(run(0, torch.float32), run(1, torch.float32), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,30 +193,53 @@ def test_regression_converges_like_adamw(dtype, device):
 # --- the interface of torch.optim
 
 
-def test_state_is_what_it_says(device):
+@pytest.mark.parametrize(("format", "weights"), MODES)
+def test_state_is_what_it_says(format, weights, device):
     params = parameters(torch.bfloat16, device, shapes=[(64, 300), ()])
-    optimizer = CoatAdamW(params, group_size=128)
+    optimizer = CoatAdamW(params, format=format, weights=weights)
     assert not optimizer.state and optimizer.state_bytes() == 0, "made with the first gradient"
     set_gradients(params, 0)
     optimizer.step()
     for p, groups in zip(params, [(64, 3), (1,)], strict=True):
         state = optimizer.state[p]
-        assert list(state) == ["step", *MOMENTS]
         assert state["step"].dtype == torch.float32 and state["step"].device.type == "cpu" and state["step"] == 1
-        for key in MOMENTS:
-            codes = key in ("exp_avg", "exp_avg_sq")
-            assert state[key].shape == (p.shape if codes else groups) and state[key].device == p.device
-            assert state[key].dtype == (torch.float32 if key.endswith("_scale") else torch.uint8)
-    assert optimizer.state_bytes() == 2 * (64 * 300 + 64 * 3 * 5) + 4 + 2 * (1 + 5) + 4
-    assert "group_size: 128" in repr(optimizer) and "expand: True" in repr(optimizer)
+        held = {key: (value.dtype, value.shape) for key, value in state.items() if key != "step"}
+        expected = {}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            expected |= {f"{moment}_codes": (torch.uint8, p.shape), f"{moment}_scale": (torch.float32, groups)}
+            if format == "paper":
+                expected[f"{moment}_expansion"] = torch.uint8, groups
+        if weights == "master":
+            expected["weight_residual"] = torch.uint8, p.shape
+        assert held == expected and all(value.device == p.device for key, value in state.items() if key != "step")
+    per_value = 3 if weights == "master" else 2
+    per_group = 10 if format == "paper" else 8
+    assert optimizer.state_bytes() == per_value * (64 * 300 + 1) + per_group * (64 * 3 + 1) + 2 * 4
+    assert "group_size: 128" in repr(optimizer) and f"format: {format}" in repr(optimizer)
 
 
-def test_two_bytes_and_eight_hundredths_per_parameter():
-    p = nn.Parameter(torch.zeros(256, 1024))
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 2 + 8 / 128), ({"format": "paper"}, 2 + 10 / 128), ({"weights": "master"}, 3 + 8 / 128)],
+)
+def test_bytes_per_parameter(options, expected):
+    p = nn.Parameter(torch.zeros(256, 1024, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
-    optimizer = CoatAdamW([p])
+    optimizer = CoatAdamW([p], **options)
     optimizer.step()
-    assert optimizer.state_bytes() / p.numel() == pytest.approx(2 * (1 + 5 / 128), abs=1e-4)
+    assert optimizer.state_bytes() / p.numel() == pytest.approx(expected, abs=1e-4)
+
+
+def test_vectors_are_columns(device):
+    """Their states are the same however many processes share them; FSDP2 cuts vectors anywhere."""
+    (vector,) = parameters(device=device, shapes=[(300,)])
+    column = nn.Parameter(vector.detach()[:, None].clone())
+    optimizer, other = CoatAdamW([vector]), CoatAdamW([column])
+    for t in range(3):
+        set_gradients([vector], t), set_gradients([column], t)
+        optimizer.step(), other.step()
+    assert torch.equal(vector, column[:, 0]) and optimizer.state[vector]["exp_avg_codes"].shape == (300,)
+    assert optimizer.state[vector]["exp_avg_scale"].shape == other.state[column]["exp_avg_scale"].shape == (300, 1)
 
 
 def test_parameter_groups_and_late_parameters(device):
@@ -233,11 +320,12 @@ def test_gradients_that_are_not_finite(device):
     assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
 
 
-def test_two_runs_are_equal(device):
+@pytest.mark.parametrize(("format", "weights"), MODES)
+def test_two_runs_are_equal(format, weights, device):
     runs = []
     for _ in range(2):
         params = parameters(torch.bfloat16, device)
-        optimizer = CoatAdamW(params)
+        optimizer = CoatAdamW(params, format=format, weights=weights)
         for t in range(3):
             set_gradients(params, t)
             optimizer.step()
@@ -264,12 +352,14 @@ def through_a_file(state_dict):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
+@pytest.mark.parametrize(("format", "weights"), MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_load_continue_equals_the_straight_run(dtype, device):
-    straight = trained(dtype, device, steps=5)
-    half = trained(dtype, device)
+def test_save_load_continue_equals_the_straight_run(dtype, format, weights, device):
+    mode = {"format": format, "weights": weights}
+    straight = trained(dtype, device, steps=5, seed=3, **mode)
+    half = trained(dtype, device, seed=3, **mode)
     params = [nn.Parameter(p.detach().clone()) for p in half.param_groups[0]["params"]]
-    resumed = CoatAdamW(params, lr=0.5, weight_decay=0.9)  # the checkpoint's settings replace these
+    resumed = CoatAdamW(params, lr=0.5, weight_decay=0.9, **mode)  # the checkpoint's settings replace these
     resumed.load_state_dict(state_dict=through_a_file(half.state_dict()))
     assert_same(resumed, half)
     for t in (3, 4):
@@ -317,8 +407,8 @@ def test_hooks_and_names():
     optimizer.load_state_dict(optimizer.state_dict())  # and again
     assert called == ["pre", "post"] * 2 and optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     bad = copy.deepcopy(saved)
-    bad["state"][0]["exp_avg"] = bad["state"][0]["exp_avg"][:, :100]
-    with pytest.raises(ValueError, match="state of weight: exp_avg is torch.uint8 .4, 100."):
+    bad["state"][0]["exp_avg_codes"] = bad["state"][0]["exp_avg_codes"][:, :100]
+    with pytest.raises(ValueError, match="state of weight: exp_avg_codes is torch.uint8 .4, 100."):
         optimizer.load_state_dict(bad)
 
 
@@ -373,18 +463,37 @@ def other_model():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (adamw_states, "group 0 of the state dict lacks group_size, expand: it is of another optimizer"),
-        (other_model, r"parameter 2 of group 0: exp_avg is torch.uint8 \[301\], expected torch.uint8 \[300\]"),
+        (
+            adamw_states,
+            "group 0 of the state dict lacks group_size, format, weights, seed: it is of another optimizer",
+        ),
+        (other_model, r"parameter 2 of group 0: exp_avg_codes is torch.uint8 \[301\], expected torch.uint8 \[300\]"),
         (lambda: trained(group_size=64).state_dict(), "group_size=64, this optimizer group_size=128: construct"),
-        (lambda: trained(expand=False).state_dict(), "expand=False, this optimizer expand=True: construct"),
+        (lambda: trained(format="paper").state_dict(), "format='paper', this optimizer format='lean': construct"),
+        (lambda: trained(weights="master").state_dict(), "weights='master', this optimizer weights='stochastic'"),
         (lambda: changed(exp_avg_sq_scale=None), "parameter 0 of group 0 has the entries .*it is damaged"),
-        (lambda: changed(exp_avg=torch.zeros(40, 200)), r"exp_avg is torch.float32 \[40, 200\], expected torch.uint8"),
-        (lambda: changed(exp_avg=7), "exp_avg is a int, expected a torch.uint8 tensor"),
+        (
+            lambda: changed(exp_avg_codes=torch.zeros(40, 200)),
+            r"exp_avg_codes is torch.float32 \[40, 200\], expected torch.uint8",
+        ),
+        (lambda: changed(exp_avg_codes=7), "exp_avg_codes is a int, expected a torch.uint8 tensor"),
         (lambda: {"param_groups": []}, "the state dict lacks state"),
         (lambda: CoatAdamW(parameters()[:2]).state_dict(), r"groups of \[2\] parameters, this optimizer of \[6\]"),
         (lambda: {**trained().state_dict(), "state": {17: {}}}, r"states of parameters \[17\]"),
     ],
-    ids=["adamw", "shape", "group_size", "expand", "entry", "dtype", "type", "no-state", "groups", "unknown"],
+    ids=[
+        "adamw",
+        "shape",
+        "group_size",
+        "format",
+        "weights",
+        "entry",
+        "dtype",
+        "type",
+        "no-state",
+        "groups",
+        "unknown",
+    ],
 )
 def test_states_that_do_not_fit_change_nothing(make, message):
     optimizer, same = trained(), trained()
@@ -408,7 +517,10 @@ def test_states_that_do_not_fit_change_nothing(make, message):
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"group_size": 0}, "group_size is 0; expected an integer from 1 to 1024"),
         ({"group_size": 128.0}, "group_size is 128.0"),
-        ({"expand": "no"}, "expand is 'no'; expected True or False"),
+        ({"format": "fp8"}, "format is 'fp8'; expected one of 'lean', 'paper', 'e4m3'"),
+        ({"weights": None}, "weights is None; expected one of 'nearest', 'stochastic', 'master'"),
+        ({"seed": 0.5}, "seed is 0.5; expected an integer"),
+        ({"capturable": 1}, "capturable is 1; expected True or False"),
     ],
 )
 def test_settings_out_of_range(options, message):
@@ -440,6 +552,47 @@ def test_sparse_gradients_are_refused_before_anything_moves():
     with pytest.raises(RuntimeError, match="torch.sparse_coo.*sparse=False"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(3)) and not optimizer.state
+
+
+def test_steps_that_are_counted_on_the_device(device):
+    """capturable only moves the step counts, also when states are loaded."""
+    params, same = parameters(device=device), parameters(device=device)
+    optimizer, reference = CoatAdamW(params, capturable=True), CoatAdamW(same)
+    for t in range(3):
+        set_gradients(params, t), set_gradients(same, t)
+        optimizer.step(), reference.step()
+    assert all(state["step"].device == params[0].device for state in optimizer.state.values())
+    for p, q in zip(params, same, strict=True):
+        assert torch.allclose(p, q, rtol=2.0**-20, atol=1e-7)
+    reference.load_state_dict(optimizer.state_dict())
+    assert all(state["step"].device.type == "cpu" for state in reference.state.values())
+    assert not reference.param_groups[0]["capturable"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("format", "weights"), MODES)
+def test_cuda_graph(format, weights):
+    """A captured step, replayed, is the step: on new gradients and with another learning rate."""
+    runs = []
+    for captured in (True, False):
+        params = parameters(torch.bfloat16, "cuda")
+        lr = torch.tensor(1e-2, device="cuda")
+        optimizer = CoatAdamW(params, lr=lr, format=format, weights=weights, capturable=True)
+        set_gradients(params, 0)
+        optimizer.step()
+        torch.cuda.synchronize()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for t in range(1, 4):
+            generator = torch.Generator().manual_seed(t)
+            for p in params:
+                p.grad.copy_(torch.randn(p.shape, generator=generator))
+            lr.fill_(1e-2 / t)
+            graph.replay() if captured else optimizer.step()
+        runs.append(optimizer)
+    assert_same(*runs)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,407 @@
+"""What the Triton optimizer steps share: states.py's formats on a tile, BF16 weights, and one launch for many tensors.
+
+The groups of a parameter are numbered row by row; a tile is [GROUPS, LANES] values, a program takes up to TILES
+successive tiles of one parameter, and the programs of all parameters make one grid. Where a program's parameter lies
+and how large it is, the program reads from a table with one row per parameter, which is kept from step to step; from
+a second one what changes with the step.
+
+With BF16 parameters and gradients ten bytes move per value (the gradient in; the parameter and two codes in and out).
+At the speed of an H200's memory that leaves time for some 75 instructions per value, ten of them of the slow kind
+(log2, exp2, roots, quotients). ``lean`` needs three slow ones. Expansion needs a log2 and an exp2 to decode and to
+encode each moment, of which the exp2 of the encoding are polynomials on the fast units: five of the slow kind, with
+those for the step itself eight.
+"""
+
+from collections import OrderedDict, defaultdict
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .states import StateFormat, Weights, hashed
+from .tiles_triton import INTERPRETED, to_float, to_fp8
+
+# The columns of the table, int64.
+POINTERS = tl.constexpr(0)  # param, grad, residual; codes, scales, expansions of each moment
+GROUP_COUNT = tl.constexpr(9)
+COLUMNS = tl.constexpr(10)  # values in a row of the parameter
+GROUPS_PER_ROW = tl.constexpr(11)
+FIRST_PROGRAM = tl.constexpr(12)
+WIDTH = tl.constexpr(13)
+# The columns of the scalars, float32: lr, 1 / (1 - beta1**step), 1 / sqrt(1 - beta2**step), the bits of the key.
+SCALARS = tl.constexpr(4)
+
+# 8 values for each thread: 16 bytes of BF16, and no value changes its thread (codes alone would lie 16 to a thread, at
+# twice the registers). One warp needs no barriers, and so many programs fit that some compute while others load.
+TILE = 256
+WARPS = 1
+MOST_GROUPS = 64  # in a tile of short groups: each thread keeps side data of its groups
+TILES = 16
+STAGES = 1  # tiles in flight in one program
+VECTOR = 16  # bytes of the widest memory access
+MOST_TABLES = 64
+
+NORMAL = tl.constexpr(0x00800000)  # bits of 2**-126
+INFINITE = tl.constexpr(0x7F800000)
+SIGN = tl.constexpr(0x80000000)
+LARGEST = tl.constexpr(448.0)
+LOG2_LARGEST = tl.constexpr(8.807354922057604)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added to a small number, leaves its nearest integer in the low bits
+ROUND_BITS = tl.constexpr(0x4B400000)
+
+LEAN = tl.constexpr(0)
+PAPER = tl.constexpr(1)
+E4M3 = tl.constexpr(2)
+FORMATS = {StateFormat.LEAN: LEAN.value, StateFormat.PAPER: PAPER.value, StateFormat.E4M3: E4M3.value}
+NEAREST = tl.constexpr(0)
+STOCHASTIC = tl.constexpr(1)
+MASTER = tl.constexpr(2)
+WEIGHTS = {Weights.NEAREST: NEAREST.value, Weights.STOCHASTIC: STOCHASTIC.value, Weights.MASTER: MASTER.value}
+
+
+# --- arithmetic: one instruction each on the GPU, where the ordinary functions are several
+
+
+@triton.jit
+def fast_log2(x):
+    """log2 of float32 ``x >= 0``, -inf below 2**-126. One instruction; tl.log2 is some twenty, for one bit more."""
+    if INTERPRETED:
+        smallest: tl.constexpr = 2.0**-126
+        return tl.where(x < smallest, float("-inf"), tl.log2(tl.maximum(x, smallest)))
+    else:
+        return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def fast_reciprocal(x):
+    """1 / x of normal float32 ``x``."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fast_sqrt(x):
+    """Root of float32 ``x >= 0``, zero below 2**-126."""
+    if INTERPRETED:
+        smallest: tl.constexpr = 2.0**-126
+        return tl.where(x < smallest, 0.0, tl.sqrt(x))
+    else:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fast_rsqrt(x):
+    """1 / root of normal float32 ``x > 0``."""
+    if INTERPRETED:
+        return 1.0 / tl.sqrt(tl.maximum(x, 1.1754943508222875e-38))
+    else:
+        return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def polynomial_exp2(x):
+    """2**x of float32 ``x`` in [-120, 120], 4e-6 off at most, without a slow instruction: 2**n from the bits of n."""
+    shifted = x + ROUND
+    f = x - (shifted - ROUND)  # in [-1/2, 1/2]
+    y = 0.009618129 * f + 0.055504109
+    y = y * f + 0.24022651
+    y = y * f + 0.69314718
+    y = y * f + 1.0
+    return (y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _with_sign(x, y):
+    """``x >= 0`` with the sign of ``y``."""
+    return (x.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & SIGN)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bits(x):
+    """Bits of |x|, uint32: ordered as magnitudes are, with inf and NaN on top."""
+    return x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _unsigned(codes):
+    """Float32 values of uint8 codes: the bits of 2**23 + code, less 2**23."""
+    return (codes.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _signed(codes):
+    """Float32 values of the int8 numbers whose bits are uint8 codes."""
+    return ((codes.to(tl.uint32) ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+
+
+@triton.jit
+def _to_byte(x):
+    """The low byte of float32 ``x`` rounded to the nearest integer, which lies within 2**22."""
+    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+# --- E4M3, with and without expansion
+
+
+@triton.jit
+def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
+    """``scale * sign(q) * (|q| / 448)**(16 / expansion)`` of codes [GROUPS, LANES]; scale and expansion [GROUPS]."""
+    q = codes.to(tl.float32)
+    if EXPAND:
+        inverse = 16.0 * fast_reciprocal(expansion.to(tl.float32))
+        x = tl.exp2(fast_log2(tl.abs(q)) * inverse[:, None] - (inverse * LOG2_LARGEST)[:, None])
+        return scale[:, None] * (x if POSITIVE else _with_sign(x, q))
+    else:
+        return q * (scale * (1.0 / LARGEST))[:, None]
+
+
+@triton.jit
+def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
+    """Codes [GROUPS, LANES], scale and expansion [GROUPS] of finite ``x``, given the bits of |x| and their maxima."""
+    empty = amax_bits < NORMAL
+    scale = tl.where(empty, 0, amax_bits).to(tl.float32, bitcast=True)
+    magnitude = bits.to(tl.float32, bitcast=True)
+    expansion = tl.full(scale.shape, 16.0, tl.float32)
+    if EXPAND:
+        # Counted from NORMAL, the bits of smaller numbers wrap around to the top, out of the way of the minimum.
+        smallest = (tl.min(bits - NORMAL, axis=1) + NORMAL).to(tl.float32, bitcast=True)
+        log_scale = tl.where(empty, 0.0, fast_log2(scale))
+        bits_of_range = tl.maximum(log_scale - fast_log2(smallest), 1.0)  # 1.04 gives 255 already
+        chosen = tl.floor(265.83535750584334 / bits_of_range)  # 16 * log2(448**2 / 2)
+        expansion = tl.where(empty, expansion, tl.minimum(tl.maximum(chosen, 1.0), 255.0))
+        power = expansion * 0.0625
+        # Zeros have a log2 of -inf; 2**-120 rounds to a code of zero as well.
+        y = fast_log2(magnitude) * power[:, None] + (power * -log_scale + LOG2_LARGEST)[:, None]
+        y = polynomial_exp2(tl.maximum(y, -120.0))
+    else:
+        y = magnitude * (fast_reciprocal(tl.where(empty, 1.0, scale)) * LARGEST)[:, None]
+        y = tl.where(bits < NORMAL, 0.0, tl.maximum(y, 2.0**-9) if POSITIVE else y)
+    if not POSITIVE:
+        y = _with_sign(y, x)
+    if INTERPRETED:
+        codes = to_fp8(y, 8)
+    else:  # at most 448.1, which rounds to 448: no clamp
+        codes = y.to(tl.float8e4nv)
+    return codes, scale, expansion.to(tl.int32).to(tl.uint8)
+
+
+# --- lean
+
+
+@triton.jit
+def decode_roots(codes, scale):
+    """``scale * (c / 255)**2``: roots of second moments [GROUPS, LANES]; scale [GROUPS]."""
+    c = _unsigned(codes)
+    return c * c * (scale * (1.0 / 65025.0))[:, None]
+
+
+@triton.jit
+def decode_ratios(codes, scale):
+    """``scale * q / 127``: first moments [GROUPS, LANES] over the decoded roots of the second ones; scale [GROUPS]."""
+    return _signed(codes) * (scale * (1.0 / 127.0))[:, None]
+
+
+@triton.jit
+def encode_roots(roots, some):
+    """Codes [GROUPS, LANES] and scale [GROUPS] of second moments, given their roots and which are not zero."""
+    scale = tl.max(roots, axis=1)
+    inverse = 65025.0 * fast_reciprocal(tl.where(scale > 0.0, scale, 1.0))
+    c = tl.maximum(fast_sqrt(roots * inverse[:, None]), 1.0)
+    return _to_byte(tl.where(some, c, 0.0)), scale
+
+
+@triton.jit
+def encode_ratios(ratios, amax_bits):
+    """Codes [GROUPS, LANES] and scale [GROUPS] of first moments over roots of second ones; bits of maxima."""
+    scale = tl.where(amax_bits < NORMAL, 0, amax_bits).to(tl.float32, bitcast=True)
+    inverse = 127.0 * fast_reciprocal(tl.where(amax_bits < NORMAL, 1.0, scale))
+    return _to_byte(ratios * inverse[:, None]), scale
+
+
+@triton.jit
+def decode_companded(codes, scale):
+    """``scale * q |q| / 127**2`` of codes [GROUPS, LANES]; scale [GROUPS]."""
+    q = _signed(codes)
+    return q * tl.abs(q) * (scale * (1.0 / 16129.0))[:, None]
+
+
+@triton.jit
+def encode_companded(x, bits, amax_bits):
+    """Codes [GROUPS, LANES] and scale [GROUPS] of finite ``x``, given the bits of |x| and their maxima."""
+    empty = amax_bits < NORMAL
+    scale = tl.where(empty, 0, amax_bits).to(tl.float32, bitcast=True)
+    inverse = 16129.0 * fast_reciprocal(tl.where(empty, 1.0, scale))
+    return _to_byte(_with_sign(fast_sqrt(bits.to(tl.float32, bitcast=True) * inverse[:, None]), x)), scale
+
+
+# --- weights
+
+
+@triton.jit
+def read_weights(param, residual, MODE: tl.constexpr):
+    """Float32 weights of a tile of a parameter; ``residual`` counts with MASTER alone."""
+    p = param.to(tl.float32)
+    if MODE == MASTER:
+        low = ((residual.to(tl.int32) ^ 0x80) - 0x80) << 8
+        bits = p.to(tl.int32, bitcast=True)
+        magnitude = tl.maximum((bits & 0x7FFFFFFF) + low, 0)
+        p = _with_sign(magnitude.to(tl.float32, bitcast=True), p)
+    return p
+
+
+@triton.jit
+def round_weights(p, key, offset, PARAM: tl.constexpr, MODE: tl.constexpr):
+    """Float32 weights as the parameter keeps them, and their residuals; ``key`` and ``offset`` count with STOCHASTIC,
+    where the offset is the index of a value in its parameter, int64."""
+    residual = tl.zeros(p.shape, tl.uint8)
+    if MODE == STOCHASTIC:
+        x = offset.to(tl.uint32) * 0x9E3779B1 + (offset >> 32).to(tl.uint32) * 0x85EBCA77 + key
+        x = (x ^ (x >> 16)) * 0x85EBCA6B
+        x = (x ^ (x >> 13)) * 0xC2B2AE35
+        bits = p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16)
+        rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(PARAM)
+    elif MODE == MASTER:
+        magnitude = ((p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 0x80) & -256
+        high = (magnitude + 0x8000) & -65536
+        residual = (((magnitude - high) >> 8) & 0xFF).to(tl.uint8)
+        rounded = _with_sign(high.to(tl.float32, bitcast=True), p).to(PARAM)
+    else:
+        rounded = to_float(p, PARAM)
+    return rounded, residual
+
+
+# --- one launch for many parameters
+
+
+@triton.jit
+def find_parameter(table, parameters, pid):
+    """The row of program ``pid``: the last one whose first program is not behind it."""
+    low = 0
+    high = parameters
+    while high - low > 1:
+        middle = (low + high) // 2
+        behind = tl.load(table + middle * WIDTH + FIRST_PROGRAM) > pid
+        low = tl.where(behind, low, middle)
+        high = tl.where(behind, middle, high)
+    return low
+
+
+@triton.jit
+def locate(
+    group, inside, columns, groups_per_row, GROUP_SIZE: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr
+):
+    """Offsets, int64, and mask of a tile of groups. RAGGED: some groups have fewer than LANES values."""
+    lane = tl.arange(0, LANES)[None, :]
+    if RAGGED:
+        line = group // groups_per_row
+        column = (group - line * groups_per_row).to(tl.int64) * GROUP_SIZE
+        offset = (line.to(tl.int64) * columns + column)[:, None] + lane
+        mask = inside[:, None] & (lane < tl.minimum(columns - column, GROUP_SIZE)[:, None])
+    else:
+        offset = (group.to(tl.int64) * LANES)[:, None] + lane
+        mask = inside[:, None]
+    return offset, mask
+
+
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_tables: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # the last ones, by what they hold
+_captured: list[torch.Tensor] = []  # those that CUDA graphs read
+
+
+def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """Numbers as int64 [rows, columns] on the device. Most are those of the step before: then they are there already.
+
+    Gradients often come back to where they were.
+    """
+    key = (device, rows)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _tables.get(key)
+    if table is None and capturing:  # a graph cannot copy from the host's memory; it can fill with numbers
+        table = torch.stack([torch.full((), x, dtype=torch.int64, device=device) for row in rows for x in row])
+        table = table.view(len(rows), -1)
+    elif table is None:
+        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        table = _tables[key] = host.to(device, non_blocking=True)
+        if len(_tables) > MOST_TABLES:
+            _tables.popitem(last=False)
+    else:
+        _tables.move_to_end(key)
+    if capturing:
+        _captured.append(table)
+    return table
+
+
+def _scalars(lr, steps, numbers, betas, weights, seed, device) -> torch.Tensor:
+    """What changes with the step, float32 [parameters, SCALARS]: made where the steps are."""
+    where = steps[0].device
+    steps = torch.stack(steps).flatten()
+    host = torch.zeros(len(steps), SCALARS.value, device=where, pin_memory=where != device)
+    beta1, beta2 = betas
+    if lr.device in (where, torch.device("cpu")):
+        host[:, 0] = lr.item() if lr.device.type == "cpu" else lr
+    host[:, 1] = 1 / (1 - beta1 ** steps.double())
+    host[:, 2] = (1 - beta2 ** steps.double()).rsqrt()
+    if weights is Weights.STOCHASTIC:
+        keys = hashed(steps.long(), _on_device((tuple(hashed(n, hashed(seed, 1)) for n in numbers),), where)[0])
+        host[:, 3] = (keys - ((keys >> 31) << 32)).int().view(torch.float32)
+    scalars = host.to(device, non_blocking=True)
+    if lr.device not in (where, torch.device("cpu")):
+        scalars[:, 0] = lr
+    return scalars
+
+
+def launch(
+    kernel, params, grads, moments, residuals, steps, skipped, lr, betas, constants, group_size, format, weights,
+    seed, numbers,
+):  # fmt: skip
+    """Step all parameters with one launch of ``kernel`` for those of equal dtypes, width of groups and alignment.
+
+    Args:
+        moments: ``(codes, scales, expansions)`` of each moment, the last one empty where the format has none.
+        constants: The kernel's float arguments.
+    """
+    kinds = defaultdict(lambda: ([], [], []))
+    kept = []  # copies of what is not contiguous, alive until the launches are queued
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        count = param.numel()
+        if count == 0:
+            continue
+        mode = Weights.NEAREST if param.dtype == torch.float32 else weights
+        dense, grad = param.contiguous(), grad.contiguous()
+        kept.append((param, dense, grad))
+        columns = param.shape[-1] if param.dim() else 1
+        groups_per_row = -(-columns // group_size)
+        lanes = 1 << (min(columns, group_size) - 1).bit_length()
+        ragged = bool(columns % lanes) or (groups_per_row > 1 and lanes != group_size)
+        pointers = [dense.data_ptr(), grad.data_ptr(), residuals[i].data_ptr() if mode is Weights.MASTER else 0]
+        for part in moments:
+            pointers += [tensors[i].data_ptr() if tensors else 0 for tensors in part]
+        values = pointers[0] | pointers[1] | pointers[2] | pointers[3] | (pointers[6] if len(moments) > 1 else 0)
+        pointers += [0] * (GROUP_COUNT.value - len(pointers))
+        aligned = values % VECTOR == 0 and (not ragged or columns % VECTOR == 0)
+        rows, of_rows, row_numbers = kinds[param.dtype, grad.dtype, mode, lanes, ragged, aligned]
+        rows.append([*pointers, count // columns * groups_per_row, columns, groups_per_row])
+        of_rows.append(steps[i])
+        row_numbers.append(numbers[i])
+    with torch.cuda.device_of(skipped):
+        for (param_dtype, grad_dtype, mode, lanes, ragged, aligned), (rows, of_rows, row_numbers) in kinds.items():
+            groups, programs = min(max(1, TILE // lanes), MOST_GROUPS), 0
+            for row in rows:
+                row.append(programs)
+                programs += -(-row[GROUP_COUNT.value] // (groups * TILES))
+            table = _on_device(tuple(map(tuple, rows)), skipped.device)
+            scalars = _scalars(lr, of_rows, row_numbers, betas, mode, seed, skipped.device)
+            kernel[(programs,)](
+                table, scalars, len(rows), skipped, *constants,
+                PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
+                FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
+                GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=STAGES, num_warps=WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    for param, dense, _ in kept:
+        if dense is param:
+            torch.autograd.graph.increment_version(param)  # a kernel's writes are invisible to autograd
+        else:
+            param.copy_(dense)

@@ -1,0 +1,279 @@
+"""What test_two_processes.py runs in two processes at once, and in one, to compare: trainings of small models.
+
+    python two_processes.py FOLDER RANK WORLD_SIZE PORT SCENARIO...
+
+Results go to FOLDER/SCENARIO-RANK.pt. Where both processes see the same batch, the mean of their gradients is each
+one's, exactly, so that two processes must end at the very bits of one.
+"""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_coat import CoatConfig, apply_coat
+from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
+
+WIDTH = 300
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process has it
+SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+class Uneven(nn.Module):
+    """Sizes that two processes cannot share evenly: 5 rows, 3, one (nothing is left for the second), vectors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm, self.down = nn.Linear(WIDTH, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.last, self.scale = nn.Linear(3, 1, bias=False), nn.Parameter(torch.ones(WIDTH + 1))
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.down(self.norm(self.up(x * self.scale[:-1]))))) * self.scale[-1]
+
+
+def batch(step):
+    return torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def train(model, optimizer, steps, data=batch):
+    """The losses of these steps."""
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = model(data(step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def made(sharded, **options):
+    model = Uneven()
+    if sharded:
+        for part in (model.up, model.down):
+            fully_shard(part)
+        fully_shard(model)
+    return model, CoatAdamW(model.parameters(), lr=1e-2, **options)
+
+
+def whole(model, optimizer):
+    """Parameters and states by name, complete, on every process."""
+    params = {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+    return params, get_optimizer_state_dict(model, optimizer, options=FULL)
+
+
+def save(folder, model, optimizer):
+    weights, states = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder)
+
+
+def load(folder, model, optimizer):
+    weights, states = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+
+
+def adamw(folder, rank, sharded):
+    """Four steps straight; the first two saved."""
+    model, optimizer = made(sharded)
+    losses = train(model, optimizer, range(2))
+    save(folder / f"saved-by-{dist.get_world_size()}", model, optimizer)
+    losses += train(model, optimizer, range(2, 4))
+    params, states = whole(model, optimizer)
+    codes = optimizer.state[model.up.weight]["exp_avg_codes"]
+    return {
+        "losses": losses,
+        "params": params,
+        "states": states,
+        "rows_held": len(codes.to_local() if sharded else codes),
+    }
+
+
+def resumed(folder, rank, sharded):
+    """The last two of those steps, from what the other number of processes saved."""
+    other = 1 if dist.get_world_size() == 2 else 2
+    model, optimizer = made(sharded)
+    while not (folder / f"saved-by-{other}" / ".metadata").exists():  # it is written last
+        time.sleep(0.05)
+    load(folder / f"saved-by-{other}", model, optimizer)
+    losses = train(model, optimizer, range(2, 4))
+    params, states = whole(model, optimizer)
+    return {"losses": losses, "params": params, "states": states}
+
+
+def released(folder, rank, sharded):
+    """The steps of ``adamw`` taken inside the backward, the norm measured; then one that is clipped."""
+    model, optimizer = made(sharded)
+    release = GradientRelease(optimizer, max_norm=float("inf"))
+    losses, norms = [], []
+    for step in range(4):
+        losses += train(model, optimizer, [step])
+        norms.append(release.gradient_norm().item())
+    params, _ = whole(model, optimizer)
+    release.remove()
+    GradientRelease(optimizer, max_norm=1e-3)
+    clipped = train(model, optimizer, range(4, 7))
+    return {"losses": losses, "params": params, "norms": norms, "clipped": clipped}
+
+
+def muon(folder, rank, sharded):
+    """Every process orthogonalizes the whole matrix, and keeps its rows."""
+    model, _ = made(sharded)
+    optimizer = CoatMuon(muon_groups(model), lr=1e-2)
+    losses = train(model, optimizer, range(3))
+    params, states = whole(model, optimizer)
+    return {"losses": losses, "params": params, "states": states}
+
+
+def full(folder, rank, sharded):
+    """A complete state dict, taken and given back."""
+    model, optimizer = made(sharded)
+    train(model, optimizer, range(2))
+    params, states = whole(model, optimizer)
+    again, second = made(sharded)
+    set_optimizer_state_dict(again, second, states, options=SPREAD)
+    return {"states": states, "again": whole(again, second)[1]}
+
+
+def refused(folder, rank, sharded):
+    """What goes wrong with a message."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model, optimizer = made(sharded)
+    train(model, optimizer, range(1))
+    messages = []
+    complete = optimizer.state_dict()
+    complete["state"] = {
+        i: {key: value.full_tensor() if key != "step" else value for key, value in state.items()}
+        for i, state in complete["state"].items()
+    }
+    cut = nn.Parameter(distribute_tensor(torch.ones(4, 256), init_device_mesh("cpu", (2,)), [Shard(1)]))
+    cut.grad = torch.ones_like(cut)
+    for attempt in (
+        lambda: optimizer.load_state_dict(complete),
+        lambda: CoatAdamW([cut], group_size=256).step(),
+        lambda: messages.append(CoatAdamW([cut], group_size=128).step()),  # a piece is one group
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            messages.append(str(error))
+    return {"messages": messages}
+
+
+def tokens(step, rank=0):
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(step + 100 * rank))
+    return {"input_ids": ids, "labels": ids}
+
+
+def llama(adapters=False):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    apply_coat(model, CoatConfig())
+    return model
+
+
+def train_llama(model, optimizer, rank, accumulate=None):
+    """Three steps of two microbatches each; ``accumulate(last)`` is told before each whether it is the last."""
+    losses = []
+    for step in range(3):
+        for last in (False, True):
+            accumulate(last)
+            loss = model(**tokens(2 * step + last, rank)).loss
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def coat(folder, rank, sharded, adapters=False):
+    """A converted model, sharded by layers, with gradient accumulation; the same batches on all processes."""
+    model = llama(adapters)
+    if sharded:
+        for layer in model.get_submodule("base_model.model.model.layers" if adapters else "model.layers"):
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = CoatAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    accumulate = model.set_requires_gradient_sync if sharded else lambda last: None
+    losses = train_llama(model, optimizer, 0, accumulate)
+    return {"losses": losses, "params": whole(model, optimizer)[0]}
+
+
+def coat_lora(folder, rank, sharded):
+    """The same with adapters on a converted base that is frozen."""
+    return coat(folder, rank, sharded, adapters=True)
+
+
+def coat_ddp(folder, rank, sharded):
+    """A converted model under DDP, each process with its own batches; one process sees both."""
+    model = llama()
+    optimizer = CoatAdamW(model.parameters(), lr=1e-2)
+    if not sharded:
+        losses = []
+        for step in range(3):
+            of_step = [model(**tokens(2 * step + last, rank)).loss for last in (0, 1) for rank in (0, 1)]
+            (sum(of_step) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [loss.item() for loss in of_step]
+        return {"losses": losses, "params": dict(model.named_parameters())}
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    losses = train_llama(wrapped, optimizer, rank, lambda last: setattr(wrapped, "require_backward_grad_sync", last))
+    return {"losses": losses, "params": {name: p.detach() for name, p in model.named_parameters()}}
+
+
+def killed(folder, rank, sharded):
+    """The second process ends in the middle of a step; says how the first one does."""
+    model, optimizer = made(sharded)
+    train(model, optimizer, range(1))
+    if rank == 1:
+        os._exit(17)
+    try:
+        train(model, optimizer, range(1, 3))
+    except RuntimeError as error:
+        torch.save(str(error), folder / "message.pt")
+        os._exit(0)  # there is nobody left to meet at the barrier
+
+
+SCENARIOS = {f.__name__: f for f in (adamw, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed)}
+
+
+def main(folder, rank, world_size, port, *scenarios):
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=int(rank), world_size=int(world_size), timeout=timedelta(seconds=60))
+    for name in scenarios:
+        result = SCENARIOS[name](Path(folder), int(rank), int(world_size) > 1)
+        torch.save(result, f"{folder}/{name}-{world_size}-{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
