@@ -91,6 +91,7 @@ def test_train_save_reload(plain_folder, tmp_path, tools):
             "group_size": 128,
             "scale_format": "e8m0",
             "cache_weights": True,
+            "frozen_weights": "auto",
             "fuse_loss": True,
         }
     )
