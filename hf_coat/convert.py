@@ -158,6 +158,12 @@ class _Walk:
 
     def linears(self) -> None:
         reasons, unstored = why_kept(self.model), why_not_stored(self.model)
+        needed = next((m for m in unstored if isinstance(m, CoatFrozenLinear)), None)
+        if needed is not None and self.stores:
+            raise ValueError(
+                f"{self.names[needed]} is stored as FP8, but {unstored[needed]}: load or convert the model with "
+                "CoatConfig(frozen_weights='bf16'), which leaves frozen weights as they are"
+            )
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, nn.Linear):
                 continue
@@ -166,22 +172,17 @@ class _Walk:
             else:
                 reason = self.excluded(name) or reasons.get(name)
             if reason is None:
-                what = self.store(name, module, unstored.get(module))
+                what = self.store(module, unstored.get(module))
                 self.report.converted[name] = f"CoatLinear, a scale per {self.config.granularity.value}{what}"
             else:
                 if isinstance(module, CoatLinear):
                     module.revert()
                 self.report.kept[name] = reason
 
-    def store(self, name: str, module: nn.Linear, unstored: str | None) -> str:
+    def store(self, module: nn.Linear, unstored: str | None) -> str:
         """Convert a linear, store its weight as FP8 if it is to be, and say so."""
         if not self.stores or module.weight.requires_grad or unstored:
             if isinstance(module, CoatFrozenLinear):
-                if self.stores:
-                    raise ValueError(
-                        f"{name} is stored as FP8, but {unstored}: load or convert the model with "
-                        "CoatConfig(frozen_weights='bf16'), which leaves frozen weights as they are"
-                    )
                 module.thaw()
             CoatLinear.convert(module, self.config)
             return f", not stored as FP8: {unstored}" if self.stores and unstored else ""

@@ -25,6 +25,7 @@ from .operands import (
     bits_and_scales,
     quantize_input,
     quantize_weights,
+    results,
     transposed_weights,
 )
 
@@ -74,8 +75,7 @@ class _CoatLinear(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.many = x.shape, x.dtype, many
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rebuild, ctx.cache, ctx.recipe = rebuild, cache, (granularity, power_of_two, grad_dtype)
-        y = y.view(*x.shape[:-1], w_q.shape[0])
-        return y if many == 1 else y.split([w.shape[0] for w in weights], dim=-1)
+        return results(y, x.shape, [w.shape[0] for w in weights])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

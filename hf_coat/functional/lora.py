@@ -19,7 +19,15 @@ import torch
 from coat_kernels import Fp8Format, Granularity, dequantize, quantize, scaled_mm
 
 from .linear import compute_dtype
-from .operands import Weight, WeightCache, bits_and_scales, quantize_input, quantize_weights, transposed_weights
+from .operands import (
+    Weight,
+    WeightCache,
+    bits_and_scales,
+    quantize_input,
+    quantize_weights,
+    results,
+    transposed_weights,
+)
 
 POWER_OF_TWO = True  # scales per token must be
 
@@ -48,7 +56,8 @@ class _Drop:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        return torch.empty_like(x).bernoulli_(1 - self.p, generator=generator).mul_(x).div_(1 - self.p)
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # not as x is strided, which differs
+        return mask.bernoulli_(1 - self.p, generator=generator).mul_(x).div_(1 - self.p)
 
 
 def _input_again(scale, kept, rebuild, tokens, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -86,8 +95,7 @@ class _CoatLora(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.rebuild, ctx.cache = x.shape, x.dtype, ranks, rebuild, cache
         ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y = y.view(*x.shape[:-1], y.shape[1])
-        return y if many == 1 else y.split([w.shape[0] for w in weights], dim=-1)
+        return results(y, x.shape, [w.shape[0] for w in weights])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

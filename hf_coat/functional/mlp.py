@@ -32,6 +32,7 @@ from .operands import (
     bits_and_scales,
     quantize_input,
     quantize_weights,
+    results,
     transposed_weights,
 )
 
@@ -133,7 +134,7 @@ class _CoatMLP(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.many, ctx.gate = x.shape, x.dtype, many, gate
         ctx.rebuild, ctx.caches, ctx.grad_dtype = rebuild, caches, grad_dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (*first_biases, down_bias)]
-        return y.view(*x.shape[:-1], down.shape[0])
+        return results(y, x.shape, [down.shape[0]])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -224,6 +224,13 @@ def transposed_weights(
     return codes, top
 
 
+def results(y: torch.Tensor, shape: torch.Size, sizes: Sequence[int]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """``y`` [T, N] as the results of linears of these sizes that read a tensor of this shape. Autograd takes none for
+    a view, so whoever gets them may add to them in place."""
+    y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[1]))
+    return y if len(sizes) == 1 else tuple(torch.unsafe_split_with_sizes(y, sizes, dim=-1))
+
+
 def _stored_codes(bits: Sequence[torch.Tensor]) -> torch.Tensor:
     return (bits[0] if len(bits) == 1 else torch.cat(tuple(bits))).view(E4M3)
 

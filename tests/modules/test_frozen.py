@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_coat import apply_coat, remove_coat
 from hf_coat.config import PRESETS, CoatConfig
-from hf_coat.functional import Adapter, StoredWeight, coat_linear, coat_lora
+from hf_coat.functional import Adapter, StoredWeight, coat_linear, coat_lora, coat_norm, operands
 from hf_coat.modules import CoatFrozenLinear, CoatLinear
 
 E4M3 = torch.float8_e4m3fn
@@ -270,6 +270,23 @@ def test_lora_keeps_the_input_once_in_fp8():
     known = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers(), adapter.a, adapter.b)}
     new = {t.untyped_storage()._cdata: t.nbytes for t in kept if t.untyped_storage()._cdata not in known}
     assert sum(new.values()) == 16 * (512 + 4 + 2 * 4), "codes, their scales, and the product of rank 4"
+
+
+def test_lora_takes_its_input_from_what_a_norm_keeps(device):
+    """Also with dropout, whose mask belongs to values, not to the order in which they lie in memory."""
+    layer, x = frozen(64, 48, device=device), torch.randn(20, 64, device=device, dtype=torch.bfloat16)
+    (adapter,) = adapters_of([layer], [4], [1.0])
+    dy = torch.randn(20, 48, device=device, dtype=torch.bfloat16)
+    for p in (0.0, 0.5):
+        grads = []
+        for share in (True, False):
+            y = coat_norm(x.clone().requires_grad_(), eps=1e-6, share=share)
+            assert (operands.source_of(y) is not None) == share
+            torch.manual_seed(0)
+            out = coat_lora(y, layer.operand, None, adapter._replace(dropout=p))
+            grads += torch.autograd.grad(out, adapter.a, dy)
+        # a gradient of x rounded to FP8 once, and one of x rounded to it twice: 2**-4 / sqrt(3) at most, each time
+        assert 0 < (grads[0] - grads[1]).norm() <= 2 * 2.0**-4 / 3**0.5 * grads[1].norm()
 
 
 @pytest.mark.parametrize("many", [1, 2])
