@@ -222,14 +222,25 @@ class _Walk:
         if self.config.granularity is not Granularity.TOKEN:
             return
         for module in self.model.modules():
-            names = together(module) or ()
-            owners = [getattr(module, name) for name in names]
-            children = [getattr(owner, "base_layer", owner) for owner in owners]
-            if names and all(isinstance(child, CoatLinear) for child in children):
-                merged = Merged(children, owners, WeightCache() if self.config.cache_weights else None)
-                for child in children:
-                    child.coat_merged = merged
-                    self.report.converted[self.names[child]] += f", as one of {', '.join(names)}"
+            names = together(module)
+            if names:
+                self.join(module, names)
+
+    def join(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        """Let these children, which read one input, run as one linear."""
+        owners = [getattr(module, name) for name in names]
+        children = [getattr(owner, "base_layer", owner) for owner in owners]
+        if all(isinstance(child, CoatLinear) for child in children):
+            merged = Merged(children, owners, WeightCache() if self.config.cache_weights else None)
+            for child in children:
+                child.coat_merged = merged
+                self.report.converted[self.names[child]] += f", as one of {', '.join(names)}"
+
+    def join_firsts(self, module: nn.Module, state: MLPState) -> None:
+        """Gate and up with adapters run as one linear; without, :func:`~hf_coat.functional.coat_mlp` does that."""
+        adapted = any(isinstance(getattr(module, name), CoatLora) for name in state.firsts)
+        if adapted and len(state.firsts) > 1 and self.config.granularity is Granularity.TOKEN:
+            self.join(module, state.firsts)
 
     def others(self) -> None:
         """Norms, MLPs and attentions."""
@@ -254,6 +265,8 @@ class _Walk:
                         state.cache = WeightCache()
                     convert(module, mixin, self.config, state)
                     self.report.converted[name] = how(state, self.config)
+                    if isinstance(state, MLPState):
+                        self.join_firsts(module, state)
                 else:
                     if isinstance(module, Converted):
                         module.revert()
