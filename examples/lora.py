@@ -9,7 +9,6 @@ those of the model with its adapters, before and after, and of the merged model 
 nor hf_coat. Every option of ``transformers.TrainingArguments`` works; without ``--coat`` the base stays BF16.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -117,7 +116,7 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     trainer.save_model()  # the adapter: PEFT's own files
     batch = next(iter(trainer.get_train_dataloader()))
     measured = memory.measure(model, batch, trainer.optimizer)
-    merged = copy.deepcopy(model).merge_and_unload()
+    merged = model.merge_and_unload()
     hf_coat.remove_coat(merged)  # COAT
     merged.save_pretrained(args.output_dir)
     return trainer, Run((before, after), plain_perplexity(trainer), trainer.state.log_history, measured)
