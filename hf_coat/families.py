@@ -103,12 +103,15 @@ def why_kept(model: nn.Module) -> dict[str, str]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads, adapters = list(head_prefixes(model)), adapter_prefixes(model)
     outputs = {id(head) for head in map(output_embeddings, model.modules()) if head is not None}
+    merged = {id(m.base_layer) for m in model.modules() if is_lora(m) and m.merged}
     reasons = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if any(name.startswith(prefix) for prefix in adapters):
             reasons[name] = "adapter weights of PEFT"
+        elif id(module) in merged:
+            reasons[name] = "adapters are merged into it, which FP8 would round away"
         elif id(module) in outputs or any(
             name.startswith(whole) and not name.startswith(backbone) for whole, backbone in heads
         ):

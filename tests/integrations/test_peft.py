@@ -255,7 +255,11 @@ def test_merging(folder, settings):
     if not settings.get("use_dora"):
         delta = q_proj.get_delta_weight("default")
         assert torch.equal(q_proj.base_layer.weight, (base + delta.float()).to(base.dtype))
-    assert distance(logits(model), before) < 0.05
+    merged = logits(model)
+    assert distance(merged, before) < 0.05
+    report = hf_coat.apply_coat(model)  # as a Trainer does
+    assert sum("adapters are merged into it" in why for why in report.kept.values()) == 14
+    assert torch.equal(logits(model), merged)
     model.unmerge_adapter()
     assert stored(model) == 14 and torch.equal(q_proj.base_layer.weight, bits)
     assert torch.equal(logits(model), before), "exactly what it was"
