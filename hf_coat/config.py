@@ -46,6 +46,16 @@ class OptimizerName(str, enum.Enum):
     LION = "lion"
 
 
+class FrozenWeights(str, enum.Enum):
+    """How the weights of frozen linears are stored: ``fp8``, a byte for each value, which rounds them; ``bf16``, as
+    they are; ``auto``, as FP8 in a model with adapters of PEFT, whose base is never what is saved, else as they are.
+    """
+
+    AUTO = "auto"
+    FP8 = "fp8"
+    BF16 = "bf16"
+
+
 def _settings(cls: type) -> type:
     """Make a dataclass answer an unknown key with the valid ones, and show in its repr only what is not default."""
     init, names = cls.__init__, [f.name for f in fields(cls) if f.init]
@@ -130,6 +140,9 @@ class CoatConfig(QuantizationConfigMixin):
         scale_format: How those scales are kept: ``"e8m0"`` (a byte, a power of two), ``"bfloat16"``, ``"float32"``.
         cache_weights: Whether the codes of weights are kept over the microbatches of an optimizer step, while
             gradients accumulate: a byte per value, and one quantization per step.
+        frozen_weights: How linears that do not train store their weights, see :class:`FrozenWeights`. With ``"fp8"``
+            ``from_pretrained`` freezes and stores all converted linears, each as soon as it is read; elsewhere it
+            applies to those whose weight does not require a gradient. Saves hold the dequantized values.
         fuse_loss: Whether a language model's head and loss run as one, in chunks, without ever holding the logits,
             where a library that does it is installed.
 
@@ -147,6 +160,7 @@ class CoatConfig(QuantizationConfigMixin):
     group_size: int = 128
     scale_format: ScaleFormat = ScaleFormat.E8M0
     cache_weights: bool = True
+    frozen_weights: FrozenWeights = FrozenWeights.AUTO
     fuse_loss: bool = True
 
     def __post_init__(self):
@@ -155,6 +169,7 @@ class CoatConfig(QuantizationConfigMixin):
         _set_choice(self, "grad_format", Fp8Format, tuple(Fp8Format))
         _set_choice(self, "scale_format", ScaleFormat, tuple(ScaleFormat))
         _check_boolean(self, "cache_weights")
+        _set_choice(self, "frozen_weights", FrozenWeights, tuple(FrozenWeights))
         _check_boolean(self, "fuse_loss")
         if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
             raise ValueError(

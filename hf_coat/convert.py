@@ -9,14 +9,25 @@ import torch
 from coat_kernels import Granularity
 from torch import nn
 
-from .config import CoatConfig, Keep
-from .families import attention_state, mlp_state, norm_state, together, why_kept
+from .config import CoatConfig, FrozenWeights, Keep
+from .families import (
+    attention_state,
+    is_adapted,
+    lora_state,
+    mlp_state,
+    norm_state,
+    together,
+    why_kept,
+    why_not_stored,
+)
 from .functional import WeightCache
 from .modules import (
     AttentionState,
     CoatAttention,
+    CoatFrozenLinear,
     CoatHead,
     CoatLinear,
+    CoatLora,
     CoatMLP,
     CoatNorm,
     Converted,
@@ -29,6 +40,7 @@ from .modules import (
 )
 from .report import conversion_table
 
+STORED = ", stored as FP8"  # in the report, of a frozen weight
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0), Blackwell (10, 0) and (12, 0)
 
 
@@ -53,13 +65,16 @@ class ConversionReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """Two or three lines: how many modules were converted, what was kept and why, what is not covered."""
+        """A few lines: how many modules were converted, what was kept and why, what is not covered."""
         kinds = Counter(re.split("[,:]", what)[0] for what in self.converted.values())
         converted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         lines = [f"{converted or 'nothing'} converted, {len(self.kept)} modules kept"]
         if self.kept:
             reasons = Counter(self.kept.values())
             lines.append("kept: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()))
+        stored = sum(STORED in what for what in self.converted.values())
+        if stored:
+            lines.append(f"{stored} frozen weights stored as FP8; saves and remove_coat hold what FP8 made of them")
         if self.uncovered:
             lines.append("not covered: " + ", ".join(f"{kind} ({what})" for kind, what in self.uncovered.items()))
         if self.unmatched:
@@ -121,6 +136,8 @@ class _Walk:
     def __init__(self, model: nn.Module, config: CoatConfig):
         self.model, self.config, self.report = model, config, ConversionReport()
         self.names = {module: name for name, module in model.named_modules()}
+        auto = config.frozen_weights is FrozenWeights.AUTO
+        self.stores = is_adapted(model) if auto else config.frozen_weights is FrozenWeights.FP8
         self.excluding = {pattern: False for pattern in config.modules_to_not_convert or ()}
         entries = config.activations if isinstance(config.activations, dict) else {}
         self.choosing = {pattern: pattern in KINDS for pattern in entries}
@@ -140,21 +157,53 @@ class _Walk:
         return Keep(self.config.activations[found[-1]]) if found else Keep.LEAN
 
     def linears(self) -> None:
-        reasons = why_kept(self.model)
+        reasons, unstored = why_kept(self.model), why_not_stored(self.model)
+        needed = next((m for m in unstored if isinstance(m, CoatFrozenLinear)), None)
+        if needed is not None and self.stores:
+            raise ValueError(
+                f"{self.names[needed]} is stored as FP8, but {unstored[needed]}: load or convert the model with "
+                "CoatConfig(frozen_weights='bf16'), which leaves frozen weights as they are"
+            )
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, nn.Linear):
                 continue
-            if type(module) not in (nn.Linear, CoatLinear, CoatHead):
+            if type(module) not in (nn.Linear, CoatLinear, CoatFrozenLinear, CoatHead):
                 reason = f"a {type(module).__name__}, not a plain nn.Linear"
             else:
                 reason = self.excluded(name) or reasons.get(name)
             if reason is None:
-                CoatLinear.convert(module, self.config)
-                self.report.converted[name] = f"CoatLinear, a scale per {self.config.granularity.value}"
+                what = self.store(module, unstored.get(module))
+                self.report.converted[name] = f"CoatLinear, a scale per {self.config.granularity.value}{what}"
             else:
-                if type(module) is CoatLinear:
+                if isinstance(module, CoatLinear):
                     module.revert()
                 self.report.kept[name] = reason
+
+    def store(self, module: nn.Linear, unstored: str | None) -> str:
+        """Convert a linear, store its weight as FP8 if it is to be, and say so."""
+        if not self.stores or module.weight.requires_grad or unstored:
+            if isinstance(module, CoatFrozenLinear):
+                module.thaw()
+            CoatLinear.convert(module, self.config)
+            return f", not stored as FP8: {unstored}" if self.stores and unstored else ""
+        if isinstance(module, CoatFrozenLinear):
+            if (module.coat.granularity, module.coat.power_of_two) == (
+                self.config.granularity,
+                self.config.power_of_two,
+            ):
+                module.coat, module.coat_merged = self.config, None
+                return STORED
+            module.thaw()
+        CoatFrozenLinear.freeze(CoatLinear.convert(module, self.config))
+        return STORED
+
+    def adapters(self) -> None:
+        """LoRA layers over converted linears."""
+        for name, module in list(self.model.named_modules()):
+            state = lora_state(module)
+            if state is not None:
+                convert(module, CoatLora, self.config, state)
+                self.report.converted[name] = "CoatLora: base and adapter share an FP8 input"
 
     def loss(self) -> None:
         """The head of a language model, whose product stays as it was, and its loss."""
@@ -173,13 +222,25 @@ class _Walk:
         if self.config.granularity is not Granularity.TOKEN:
             return
         for module in self.model.modules():
-            names = together(module) or ()
-            children = [getattr(child, "base_layer", child) for child in (getattr(module, n) for n in names)]
-            if names and all(type(child) is CoatLinear for child in children):
-                merged = Merged(children, WeightCache() if self.config.cache_weights else None)
-                for child in children:
-                    child.coat_merged = merged
-                    self.report.converted[self.names[child]] += f", as one of {', '.join(names)}"
+            names = together(module)
+            if names:
+                self.join(module, names)
+
+    def join(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        """Let these children, which read one input, run as one linear."""
+        owners = [getattr(module, name) for name in names]
+        children = [getattr(owner, "base_layer", owner) for owner in owners]
+        if all(isinstance(child, CoatLinear) for child in children):
+            merged = Merged(children, owners, WeightCache() if self.config.cache_weights else None)
+            for child in children:
+                child.coat_merged = merged
+                self.report.converted[self.names[child]] += f", as one of {', '.join(names)}"
+
+    def join_firsts(self, module: nn.Module, state: MLPState) -> None:
+        """Gate and up with adapters run as one linear; without, :func:`~hf_coat.functional.coat_mlp` does that."""
+        adapted = any(isinstance(getattr(module, name), CoatLora) for name in state.firsts)
+        if adapted and len(state.firsts) > 1 and self.config.granularity is Granularity.TOKEN:
+            self.join(module, state.firsts)
 
     def others(self) -> None:
         """Norms, MLPs and attentions."""
@@ -204,6 +265,8 @@ class _Walk:
                         state.cache = WeightCache()
                     convert(module, mixin, self.config, state)
                     self.report.converted[name] = how(state, self.config)
+                    if isinstance(state, MLPState):
+                        self.join_firsts(module, state)
                 else:
                     if isinstance(module, Converted):
                         module.revert()
@@ -258,6 +321,7 @@ def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> Conversion
     check_devices(model)
     walk = _Walk(model, config)
     walk.linears()
+    walk.adapters()
     walk.merge()
     walk.others()
     if not walk.report.converted:
@@ -271,13 +335,16 @@ def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> Conversion
 def remove_coat(model: nn.Module) -> ConversionReport:
     """Undo :func:`apply_coat` in place, exactly: the same parameters in modules of the classes they had.
 
+    Only weights that were stored as FP8 stay rounded to it; the report says which.
+
     Returns:
         A report whose ``converted`` names the modules that are plain again.
     """
     report = ConversionReport()
     for name, module in model.named_modules():
         if isinstance(module, (CoatLinear, Converted)):
-            report.converted[name] = type(module.revert()).__name__
+            how = ", its weight as FP8 had it" if isinstance(module, CoatFrozenLinear) else ""
+            report.converted[name] = type(module.revert()).__name__ + how
     report.converted |= unfuse_loss(model)
     report.uncovered = _uncovered(model)
     return report

@@ -11,13 +11,23 @@ explains is left alone.
 import functools
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
 from coat_kernels import ACTIVATIONS, activation, norm
 from torch import nn
 
-from .modules import AttentionState, Converted, MLPState, NormState, has_plain_rotary, is_attention
+from .modules import (
+    AttentionState,
+    CoatLinear,
+    Converted,
+    LoraState,
+    MLPState,
+    NormState,
+    has_plain_rotary,
+    is_attention,
+)
 
 ROUTERS = ("gate", "router")  # last part of the name of a mixture-of-experts router; "router" also inside it
 NARROWEST = 16  # FP8 tensor cores read 16 values at a time; narrower linears would be mostly padding
@@ -55,17 +65,53 @@ def adapter_prefixes(model: nn.Module) -> list[str]:
     ]
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether adapters of PEFT are what trains of this model."""
+    return bool(getattr(model, "peft_config", None)) or any(hasattr(m, "adapter_layer_names") for m in model.modules())
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether this is PEFT's LoRA layer for a linear."""
+    return (own_class(module).__module__, own_class(module).__name__) == ("peft.tuners.lora.layer", "Linear")
+
+
+def lora_state(module: nn.Module) -> LoraState | None:
+    """What a LoRA layer over a converted linear needs; None for any other module."""
+    if not is_lora(module):
+        return None
+    if isinstance(module, Converted):
+        return module.coat_state
+    return LoraState() if isinstance(module.base_layer, CoatLinear) else None
+
+
+def why_not_stored(model: nn.Module) -> dict[nn.Linear, str]:
+    """The linears whose weights must not be stored as FP8 even where they are frozen: why."""
+    reasons = {}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    times = Counter(id(m.weight) for m in linears)
+    reasons |= {m: "it shares its weight" for m in linears if times[id(m.weight)] > 1}
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if hasattr(module, "adapter_layer_names") and isinstance(base, nn.Linear) and not is_lora(module):
+            kind = type(module)
+            reasons[base] = f"{kind.__module__.rpartition('.')[0]}.{kind.__name__} may need its weight"
+    return reasons
+
+
 def why_kept(model: nn.Module) -> dict[str, str]:
     """For each linear that must stay as it is, by qualified name: the reason."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads, adapters = list(head_prefixes(model)), adapter_prefixes(model)
     outputs = {id(head) for head in map(output_embeddings, model.modules()) if head is not None}
+    merged = {id(m.base_layer) for m in model.modules() if is_lora(m) and m.merged}
     reasons = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         if any(name.startswith(prefix) for prefix in adapters):
             reasons[name] = "adapter weights of PEFT"
+        elif id(module) in merged:
+            reasons[name] = "adapters are merged into it, which FP8 would round away"
         elif id(module) in outputs or any(
             name.startswith(whole) and not name.startswith(backbone) for whole, backbone in heads
         ):

@@ -20,10 +20,10 @@ def benchmarks(monkeypatch):
     return importlib.import_module
 
 
-def run(case: str, *arguments: str, folder: Path) -> dict:
-    """The rows that ``peers.py`` writes, by peer."""
+def run(*arguments: str, folder: Path, script: str = "peers.py") -> dict:
+    """The rows that ``peers.py`` writes, or another script, by peer."""
     result = folder / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "peers.py"), case, "--tiny", "--json", str(result), *arguments]
+    command = [sys.executable, str(BENCHMARKS / script), "--tiny", "--json", str(result), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     )
@@ -45,6 +45,15 @@ def test_the_trainer_run(tmp_path):
     assert row.get("steps_measured") == 2, row
     # two codes and, for each group of 128 of a row, two float32 scales and two 8-bit expansions; rows here are shorter
     assert 2 < row["state_bytes_per_parameter"] < 4, "not CoatAdamW's states"
+
+
+def test_lora(tmp_path):
+    rows = run("--peers", "bf16", "lean", folder=tmp_path, script="lora.py")
+    assert all(row.get("ms", 0) > 0 for row in rows.values()), rows
+    assert rows["bf16"]["base_bytes_per_weight"] == 2
+    # a byte, and 4 for each row of 64 to 176 values
+    assert 1 + 4 / 176 < rows["lean"]["base_bytes_per_weight"] < 1 + 4 / 64
+    assert rows["lean"]["losses"] == pytest.approx(rows["bf16"]["losses"], rel=0.01)
 
 
 def test_a_failing_peer_is_recorded(tmp_path, benchmarks):

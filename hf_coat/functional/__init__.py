@@ -2,16 +2,20 @@
 
 from .attention import coat_rotary, keep_attention
 from .linear import coat_linear
+from .lora import Adapter, coat_lora
 from .mlp import Gate, coat_activation, coat_mlp
 from .norm import coat_norm
-from .operands import Demand, WeightCache
+from .operands import Demand, StoredWeight, WeightCache
 
 __all__ = [
+    "Adapter",
     "Demand",
     "Gate",
+    "StoredWeight",
     "WeightCache",
     "coat_activation",
     "coat_linear",
+    "coat_lora",
     "coat_mlp",
     "coat_norm",
     "coat_rotary",

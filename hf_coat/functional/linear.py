@@ -18,7 +18,16 @@ from collections.abc import Sequence
 import torch
 from coat_kernels import Fp8Format, Granularity, quantize, scaled_mm, transpose
 
-from .operands import QuantizedInput, WeightCache, quantize_input, quantize_weights, transposed_weights
+from .operands import (
+    QuantizedInput,
+    Weight,
+    WeightCache,
+    bits_and_scales,
+    quantize_input,
+    quantize_weights,
+    results,
+    transposed_weights,
+)
 
 
 def weight_gradient(dy_q, dy_s, dy_qt, x_s, kept, rebuild, out_dtype) -> torch.Tensor:
@@ -47,25 +56,26 @@ def weight_gradient(dy_q, dy_s, dy_qt, x_s, kept, rebuild, out_dtype) -> torch.T
     return scaled_mm(dy_qt, x_qt, x_top if x_moves else dy_top, both.new_ones(1, 1), out_dtype=out_dtype)
 
 
-_SETTINGS = 11  # arguments of _CoatLinear before its weights
+_SETTINGS = 12  # arguments of _CoatLinear before its weights
 
 
 class _CoatLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, codes, scale, keep, rebuild, cache, granularity, power_of_two, grad_dtype, out_dtype, many, *tensors
-    ):
-        """``tensors`` are ``many`` weights, as many biases (or None), then what is kept of the input if not codes."""
+        ctx, x, codes, scale, keep, rebuild, cache, stored, granularity, power_of_two, grad_dtype, out_dtype, many,
+        *tensors,
+    ):  # fmt: skip
+        """``tensors`` are ``many`` weights, as many biases (or None), then what is kept of the input if not codes;
+        ``stored`` are the scales of weights that are codes, else None."""
         weights, biases, kept = tensors[:many], tensors[many : 2 * many], tensors[2 * many :] or (codes,)
-        w_q, w_s = quantize_weights(weights, granularity, power_of_two, cache)
+        w_q, w_s = quantize_weights(weights, granularity, power_of_two, cache, stored)
         bias = biases[0] if many == 1 or biases[0] is None else torch.cat(biases)
         y = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)
         ctx.save_for_backward(w_s, scale, *weights, *(kept if keep else ()))
         ctx.x_shape, ctx.x_dtype, ctx.many = x.shape, x.dtype, many
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.rebuild, ctx.cache, ctx.recipe = rebuild, cache, (granularity, power_of_two, grad_dtype)
-        y = y.view(*x.shape[:-1], w_q.shape[0])
-        return y if many == 1 else y.split([w.shape[0] for w in weights], dim=-1)
+        return results(y, x.shape, [w.shape[0] for w in weights])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -110,7 +120,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def coat_linear(
     x: torch.Tensor,
-    weight: torch.Tensor | Sequence[torch.Tensor],
+    weight: Weight | Sequence[Weight],
     bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
     granularity: Granularity = Granularity.TOKEN,
@@ -123,7 +133,8 @@ def coat_linear(
     Args:
         x: BF16 or FP32 [..., K], any leading shape.
         weight: BF16 or FP32 [N, K]; any N and K. Where it is frozen, nothing of ``x`` is kept. Or several such
-            weights of one dtype, all frozen or none, with scales per token; the result is then a tuple.
+            weights of one dtype, all frozen or none, with scales per token; the result is then a tuple. A
+            :class:`~hf_coat.functional.operands.StoredWeight`, whose codes are at hand, is multiplied as it is.
         bias: BF16 or FP32 [N], or None; as many as there are weights, or none at all.
         granularity: One scale per token (and per output feature of the weight), or one per tensor.
         power_of_two: Scales that are powers of two; required with a scale per token.
@@ -134,13 +145,13 @@ def coat_linear(
         [..., N], in autocast's dtype where autocast is on, else in the dtype of ``x``.
     """
     out_dtype = compute_dtype(x)
-    weights = (weight,) if isinstance(weight, torch.Tensor) else tuple(weight)
+    weights, stored = bits_and_scales((weight,) if isinstance(weight, Weight) else tuple(weight))
     biases = (bias,) * len(weights) if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     keep = torch.is_grad_enabled() and weights[0].requires_grad
     quantized: QuantizedInput = quantize_input(x, granularity, power_of_two, keep)
     rebuild = None if quantized.source is None else quantized.source.rebuild
     cache = cache if torch.is_grad_enabled() else None
     return _CoatLinear.apply(
-        x, quantized.codes, quantized.scale, keep, rebuild, cache, granularity.value, power_of_two, grad_format.dtype,
-        out_dtype, len(weights), *weights, *biases, *quantized.kept,
+        x, quantized.codes, quantized.scale, keep, rebuild, cache, stored, granularity.value, power_of_two,
+        grad_format.dtype, out_dtype, len(weights), *weights, *biases, *quantized.kept,
     )  # fmt: skip

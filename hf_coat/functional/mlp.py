@@ -24,7 +24,17 @@ from coat_kernels import (
 )
 
 from .linear import compute_dtype, weight_gradient
-from .operands import Demand, Source, WeightCache, quantize_input, quantize_weights, transposed_weights
+from .operands import (
+    Demand,
+    Source,
+    Weight,
+    WeightCache,
+    bits_and_scales,
+    quantize_input,
+    quantize_weights,
+    results,
+    transposed_weights,
+)
 
 
 class Gate(NamedTuple):
@@ -93,17 +103,20 @@ def coat_activation(
     return h
 
 
-_SETTINGS = 11  # arguments of _CoatMLP before its weights
+_SETTINGS = 12  # arguments of _CoatMLP before its weights
 
 
 class _CoatMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, codes, scale, keep, rebuild, caches, gate, grad_dtype, out_dtype, training, many, *tensors):
-        """``tensors`` are ``many`` first weights and the last one, their biases (or None), then what is kept of x."""
+    def forward(
+        ctx, x, codes, scale, keep, rebuild, caches, stored, gate, grad_dtype, out_dtype, training, many, *tensors
+    ):
+        """``tensors`` are ``many`` first weights and the last one, their biases (or None), then what is kept of x;
+        ``stored`` are the scales of the first weights and of the last where they are codes, else None."""
         *firsts, down = tensors[: many + 1]
         *first_biases, down_bias = tensors[many + 1 : 2 * (many + 1)]
         kept = tensors[2 * (many + 1) :] or (codes,)
-        w_q, w_s = quantize_weights(firsts, Granularity.TOKEN, True, caches[0])
+        w_q, w_s = quantize_weights(firsts, Granularity.TOKEN, True, caches[0], stored[0])
         bias = first_biases[0] if many == 1 or first_biases[0] is None else torch.cat(first_biases)
         first = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)  # [T, nI]
         del w_q
@@ -113,7 +126,7 @@ class _CoatMLP(torch.autograd.Function):
             group_size=gate.group_size if training else 0, scale_dtype=gate.scale_format.dtype,
         )  # fmt: skip
         del first
-        down_q, down_s = quantize_weights((down,), Granularity.TOKEN, True, caches[1])
+        down_q, down_s = quantize_weights((down,), Granularity.TOKEN, True, caches[1], stored[1])
         y = scaled_mm(made.h_q, down_q, made.h_s, down_s, down_bias, out_dtype=out_dtype, fast_accum=True)
         ctx.save_for_backward(
             made.kept_q, made.kept_s, made.h_s, w_s, down_s, scale, *tensors[: many + 1], *(kept if keep else ())
@@ -121,7 +134,7 @@ class _CoatMLP(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.many, ctx.gate = x.shape, x.dtype, many, gate
         ctx.rebuild, ctx.caches, ctx.grad_dtype = rebuild, caches, grad_dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (*first_biases, down_bias)]
-        return y.view(*x.shape[:-1], down.shape[0])
+        return results(y, x.shape, [down.shape[0]])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -165,8 +178,8 @@ class _CoatMLP(torch.autograd.Function):
 
 def coat_mlp(
     x: torch.Tensor,
-    firsts: Sequence[torch.Tensor],
-    down: torch.Tensor,
+    firsts: Sequence[Weight],
+    down: Weight,
     first_biases: Sequence[torch.Tensor | None],
     down_bias: torch.Tensor | None,
     gate: Gate,
@@ -179,20 +192,23 @@ def coat_mlp(
     Args:
         x: BF16 or FP32 [..., H].
         firsts: The weights of gate and up, [I, H] each; or one of [2I, H], gate above up; or one [I, H] without a
-            gate. All frozen or none.
-        down: [H, I].
+            gate. All frozen or none; all stored as FP8 or none.
+        down: [H, I]; it may be stored as FP8 too.
         first_biases: As many as ``firsts``; all None, or none.
         down_bias: [H] or None.
         gate: Which activation, and how gate and up are kept.
         grad_format: Format of the codes of gradients.
         caches: Where the codes of the first weights, and of ``down``, are kept over microbatches.
     """
+    firsts, first_scales = bits_and_scales(firsts)
+    (down,), down_scales = bits_and_scales((down,))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *firsts, down))
     keep = torch.is_grad_enabled() and firsts[0].requires_grad
     quantized = quantize_input(x, Granularity.TOKEN, True, keep)
     rebuild = None if quantized.source is None else quantized.source.rebuild
     caches = caches if torch.is_grad_enabled() else (None, None)
     return _CoatMLP.apply(
-        x, quantized.codes, quantized.scale, keep, rebuild, caches, gate, grad_format.dtype, compute_dtype(x),
-        training, len(firsts), *firsts, down, *first_biases, down_bias, *quantized.kept,
+        x, quantized.codes, quantized.scale, keep, rebuild, caches, (first_scales, down_scales), gate,
+        grad_format.dtype, compute_dtype(x), training, len(firsts), *firsts, down, *first_biases, down_bias,
+        *quantized.kept,
     )  # fmt: skip

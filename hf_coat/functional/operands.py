@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from coat_kernels import Granularity, quantize, transpose
+from coat_kernels import Granularity, dequantize, quantize, transpose
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 E4M3 = torch.float8_e4m3fn
@@ -153,10 +153,52 @@ class WeightCache:
 register_optimizer_step_post_hook(WeightCache.clear_all)
 
 
+@dataclass(eq=False, frozen=True)
+class StoredWeight:
+    """A frozen weight that exists as FP8 only: a byte for each value.
+
+    Args:
+        bits: E4M3 codes as uint8 [N, K].
+        scale: Their scales, float32 [N, 1] or [1, 1], powers of two where there is one for each row.
+    """
+
+    bits: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, granularity: Granularity, power_of_two: bool) -> "StoredWeight":
+        """Round a weight [N, K] to FP8."""
+        codes, _, scale = quantize(weight.detach(), E4M3, granularity, power_of_two=power_of_two)
+        return cls(codes.view(torch.uint8), scale)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values [N, K] that it stands for."""
+        return dequantize(self.bits.view(E4M3), self.scale, dtype=dtype)
+
+
+Weight = torch.Tensor | StoredWeight
+
+
+def bits_and_scales(
+    weights: Sequence[Weight],
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]:
+    """The tensors of weights, and the scales where they are stored as FP8 (all of them or none), else None."""
+    if not any(isinstance(w, StoredWeight) for w in weights):
+        return tuple(weights), None
+    return tuple(w.bits for w in weights), tuple(w.scale for w in weights)
+
+
 def quantize_weights(
-    weights: Sequence[torch.Tensor], granularity: Granularity, power_of_two: bool, cache: WeightCache | None
+    weights: Sequence[torch.Tensor],
+    granularity: Granularity,
+    power_of_two: bool,
+    cache: WeightCache | None,
+    scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other."""
+    """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other; those of stored weights,
+    which have ``scales``, are what is stored."""
+    if scales is not None:
+        return _stored_codes(weights), scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
     found = None if cache is None else cache.find(weights)
     if found is None:
         dither = granularity == Granularity.TOKEN and power_of_two
@@ -173,12 +215,25 @@ def transposed_weights(
     """Transposed codes [K, round_up(N, 16)] and their one scale [1, 1]; ``scale`` is what :func:`quantize_weights`
     gave. The input gradient adds up over N, which therefore has one scale: the largest."""
     found = None if cache is None else cache.find(weights)
+    if weights[0].dtype == torch.uint8:
+        found = (_stored_codes(weights),)
     if found is not None:
         codes, top = transpose(found[0], scale if scale.shape[0] > 1 else None)
         return codes, scale if top is None else top
     top = scale if scale.shape[0] == 1 else scale.amax(dim=(0, 1), keepdim=True)
     _, codes, _ = quantize(_one_or_all(weights), E4M3, Granularity.TENSOR, scale=top, codes=False, transposed=True)
     return codes, top
+
+
+def results(y: torch.Tensor, shape: torch.Size, sizes: Sequence[int]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """``y`` [T, N] as the results of linears of these sizes that read a tensor of this shape. Autograd takes none for
+    a view, so whoever gets them may add to them in place."""
+    y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[1]))
+    return y if len(sizes) == 1 else tuple(torch.unsafe_split_with_sizes(y, sizes, dim=-1))
+
+
+def _stored_codes(bits: Sequence[torch.Tensor]) -> torch.Tensor:
+    return (bits[0] if len(bits) == 1 else torch.cat(tuple(bits))).view(E4M3)
 
 
 def _one_or_all(tensors: Sequence[torch.Tensor]) -> torch.Tensor | Sequence[torch.Tensor]:

@@ -1,22 +1,26 @@
 """How COAT plugs into the Hugging Face libraries. Each module here imports the library it plugs into; this page none.
 
 ``transformers`` finds a quantizer in a registry. ``import hf_coat`` must put ours there, or a checkpoint that was
-saved with a ``CoatConfig`` would load without COAT. But importing the registry takes seconds, which ``import hf_coat``
-should not cost. So :func:`register` waits for somebody else to import it.
+saved with a ``CoatConfig`` would load without COAT; and the Trainer's callbacks are in a list where ours must be. But
+importing these takes seconds, which ``import hf_coat`` should not cost. So :func:`register` waits for somebody else to
+import them.
 """
 
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 
-REGISTRY = "transformers.quantizers.auto"
+PLUGS = {"transformers.quantizers.auto": ".quantizer", "transformers.trainer": ".trainer"}
 
 
-class _WhenRegistryIsImported(MetaPathFinder):
-    """Finds nothing by itself: it lets the first import of the registry be followed by that of our quantizer."""
+class _WhenImported(MetaPathFinder):
+    """Finds nothing by itself: it lets the first import of a module of transformers be followed by our plug's."""
+
+    def __init__(self, name: str):
+        self.name = name
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != REGISTRY:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -25,15 +29,17 @@ class _WhenRegistryIsImported(MetaPathFinder):
 
             def execute_and_register(module):
                 execute(module)
-                importlib.import_module(".quantizer", __name__)
+                importlib.import_module(PLUGS[fullname], __name__)
 
             spec.loader.exec_module = execute_and_register
         return spec
 
 
 def register() -> None:
-    """Register the quantizer: now if the registry is there already, otherwise as soon as it is."""
-    if REGISTRY in sys.modules:
-        importlib.import_module(".quantizer", __name__)
-    elif not any(isinstance(finder, _WhenRegistryIsImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenRegistryIsImported())
+    """Import our plugs: now, where what they plug into is there already, otherwise as soon as it is."""
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _WhenImported)}
+    for name, plug in PLUGS.items():
+        if name in sys.modules:
+            importlib.import_module(plug, __name__)
+        elif name not in waiting:
+            sys.meta_path.insert(0, _WhenImported(name))

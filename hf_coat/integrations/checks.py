@@ -9,6 +9,11 @@ from ..config import CoatConfig, HfCoatConfig
 from ..modules import CoatLinear
 
 
+def loaded_with(model: nn.Module) -> object:
+    """The ``quantization_config`` that a model was loaded with, or None."""
+    return getattr(getattr(model, "config", None), "quantization_config", None)
+
+
 def check_model(model: nn.Module, config: CoatConfig) -> None:
     """Refuse a model that something else has quantized, or that was loaded with another ``CoatConfig``.
 
@@ -23,10 +28,10 @@ def check_model(model: nn.Module, config: CoatConfig) -> None:
         for name, p in module.named_parameters(recurse=False):
             if not isinstance(module, CoatLinear) and (not p.is_floating_point() or p.element_size() < 2):
                 _refuse_quantized(f"the model is already quantized: {path}.{name} is {p.dtype}")
-    loaded_with = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(loaded_with, CoatConfig) and loaded_with != config:
+    then = loaded_with(model)
+    if isinstance(then, CoatConfig) and then != config:
         raise ValueError(
-            f"the model was loaded with {loaded_with}, and now {config} is asked for. Ask for the same, load the "
+            f"the model was loaded with {then}, and now {config} is asked for. Ask for the same, load the "
             "model without quantization_config, or leave it as it is with coat=HfCoatConfig(model=None)"
         )
 

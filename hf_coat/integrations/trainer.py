@@ -25,11 +25,12 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from ..config import CONFIG_NAME, HfCoatConfig, OptimizerName
+from ..config import CONFIG_NAME, CoatConfig, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
+from ..families import is_adapted
 from ..optim import CoatAdamW, CoatLion, CoatOptimizer, GradientRelease
 from ..report import format_bytes
-from .checks import check_model, check_release, check_run
+from .checks import check_model, check_release, check_run, loaded_with
 
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
 # as a warning: transformers shows nothing less by default, and what was not converted must not go unseen.
@@ -308,7 +309,8 @@ class CoatCallback(TrainerCallback):
 
 
 class _FollowsArguments(CoatCallback):
-    """The callback that every Trainer has: its recipe is ``args.coat``, and without one it does nothing."""
+    """The callback that every Trainer has: its recipe is ``args.coat``. Without one it does nothing, except where PEFT
+    put adapters on a model that was loaded with a ``CoatConfig``."""
 
     def __init__(self):
         self.coat, self.report, self.record, self._release = None, None, {}, None
@@ -317,6 +319,10 @@ class _FollowsArguments(CoatCallback):
         if getattr(args, "coat", None) is not None:
             self.coat = HfCoatConfig.resolve(args.coat)
             self._prepare(args, model)
+        elif is_adapted(model) and isinstance(loaded_with(model), CoatConfig):
+            # PEFT put its adapters around linears that from_pretrained had converted: they belong to the conversion.
+            report = apply_coat(model, loaded_with(model))
+            logger.warning(f"COAT: {report.summary()}")
 
 
 def _bare(optimizer) -> Optimizer:

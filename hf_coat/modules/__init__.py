@@ -2,7 +2,8 @@
 
 from .attention import AttentionState, CoatAttention, has_plain_rotary, is_attention
 from .converted import Converted, convert
-from .linear import CoatLinear, Merged
+from .linear import CoatFrozenLinear, CoatLinear, Merged
+from .lora import CoatLora, LoraState
 from .loss import CoatHead, fuse_loss, unfuse_loss
 from .mlp import CoatMLP, MLPState
 from .norm import CoatNorm, NormState
@@ -10,11 +11,14 @@ from .norm import CoatNorm, NormState
 __all__ = [
     "AttentionState",
     "CoatAttention",
+    "CoatFrozenLinear",
     "CoatHead",
     "CoatLinear",
+    "CoatLora",
     "CoatMLP",
     "CoatNorm",
     "Converted",
+    "LoraState",
     "MLPState",
     "Merged",
     "NormState",

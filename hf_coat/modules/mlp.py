@@ -50,7 +50,7 @@ class CoatMLP(Converted):
         lean = state.keep is Keep.LEAN
         if lean and self.coat.granularity == "token" and is_plain(*firsts, last) and can_merge(firsts):
             return coat_mlp(
-                x, [m.weight for m in firsts], last.weight, [m.bias for m in firsts], last.bias, gate,
+                x, [m.operand for m in firsts], last.operand, [m.bias for m in firsts], last.bias, gate,
                 grad_format=self.coat.grad_format, caches=(state.cache, last.coat_cache),
             )  # fmt: skip
         parts = [linear(x) for linear in firsts]

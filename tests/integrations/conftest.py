@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 VOCABULARY, LENGTH = 256, 16
 
@@ -24,6 +25,14 @@ def tiny_llama(dtype=torch.float32, seed=0):
         attn_implementation="eager",  # the others are not deterministic on every device
     )
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def tiny_tokenizer():
+    """A token per word, so that nothing is downloaded."""
+    words = ["<pad>", "<eos>", "<unk>", *"to be or not that is the question".split()]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def random_tokens(rows=32):

@@ -17,7 +17,7 @@ import hf_coat
 from hf_coat import CoatAdamW, CoatConfig, HfCoatConfig
 from hf_coat.integrations import quantizer
 from hf_coat.integrations.checks import check_model
-from hf_coat.modules import CoatLinear
+from hf_coat.modules import CoatFrozenLinear, CoatLinear, CoatLora
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -91,6 +91,7 @@ def test_train_save_reload(plain_folder, tmp_path, tools):
             "group_size": 128,
             "scale_format": "e8m0",
             "cache_weights": True,
+            "frozen_weights": "auto",
             "fuse_loss": True,
         }
     )
@@ -137,12 +138,14 @@ def test_full_training_through_trainer(plain_folder, tmp_path, tools):
 def test_lora_through_trainer(plain_folder, tmp_path, tools):
     model = load(plain_folder, CoatConfig())
     model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "up_proj"]))
+    trained = Trainer(model, PlainArguments(**tools.short_run(tmp_path)), train_dataset=tools.random_tokens())
     base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    Trainer(model, PlainArguments(**tools.short_run(tmp_path)), train_dataset=tools.random_tokens()).train()
+    trained.train()
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert adapters and all(p.abs().sum() > 0 for name, p in adapters.items() if "lora_B" in name)
     assert all(torch.equal(base[name].to(p.device), p) for name, p in model.named_parameters() if name in base)
-    assert type(model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")) is CoatLinear
+    q_proj = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert isinstance(q_proj, CoatLora) and type(q_proj.base_layer) is CoatFrozenLinear
 
 
 def test_dequantize_undoes_it(plain_folder, tmp_path):

@@ -26,7 +26,7 @@ from hf_coat import (
     with_coat,
 )
 from hf_coat.integrations import trainer as ours
-from hf_coat.modules import CoatLinear
+from hf_coat.modules import CoatFrozenLinear, CoatLinear
 
 PAPER = HfCoatConfig.resolve("paper")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -162,7 +162,7 @@ def test_a_peft_model(make, tools, tmp_path):
     kinds = {
         name.rsplit(".", 1)[-1]: type(m) for name, m in model.named_modules() if ".q_proj." in name and m._parameters
     }
-    assert kinds["base_layer"] is CoatLinear and kinds["default"] is torch.nn.Linear
+    assert kinds["base_layer"] is CoatFrozenLinear and kinds["default"] is torch.nn.Linear
     assert all(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
     assert {"adapter_model.safetensors", "coat_config.json"} <= {
         f.name for f in (tmp_path / "run/checkpoint-2").iterdir()

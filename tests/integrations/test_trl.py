@@ -5,8 +5,6 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import hf_coat
 from hf_coat import CoatAdamW, HfCoatConfig, with_coat
@@ -17,13 +15,8 @@ datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture
-def tokenizer():
-    """A token per word of the data, so that nothing is downloaded."""
-    words = ["<pad>", "<eos>", "<unk>", *"to be or not that is the question".split()]
-    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    words_of = Tokenizer(model)
-    words_of.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words_of, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+def tokenizer(tools):
+    return tools.tiny_tokenizer()
 
 
 def sft(tools, tokenizer, folder, model, **changes):

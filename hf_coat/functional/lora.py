@@ -1,0 +1,201 @@
+"""A frozen FP8 linear and the LoRA adapters beside it as one differentiable function.
+
+    forward             y = x_q @ w_q.T (FP8)    h = drop(x) @ a.T  [T, r]    y += scaling * h @ b.T
+    kept                x_q (or nothing, where a Source gives x back) and h; never x
+    input gradient      dx = dy_q @ w_qt.T (FP8)    u = scaling * dy @ b  [T, r]    dx += drop(u @ a)
+    adapter gradients   db = scaling * dy.T @ h     da = u.T @ drop(x), with x as its codes have it
+
+The products of rank r are done in the dtype of the result, BF16 in training: they are bound by reading x and y, not by
+arithmetic. They add into what the FP8 product wrote. Linears that read the same input run as one, with one product
+for all their a, and x is made again once.
+
+Of dropout nothing is kept but the seed that it was drawn with.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from coat_kernels import Fp8Format, Granularity, dequantize, quantize, scaled_mm
+
+from .linear import compute_dtype
+from .operands import (
+    Weight,
+    WeightCache,
+    bits_and_scales,
+    quantize_input,
+    quantize_weights,
+    results,
+    transposed_weights,
+)
+
+POWER_OF_TWO = True  # scales per token must be
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter: ``y += scaling * drop(x) @ a.T @ b.T``.
+
+    Args:
+        a: [r, K].
+        b: [N, r].
+        scaling: Factor of what the adapter adds.
+        dropout: Probability of a value of x to be left out, 0 in evaluation.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    dropout: float = 0.0
+
+
+class _Drop:
+    """Dropout of tensors [T, K] by a mask that is drawn again from its seed each time."""
+
+    def __init__(self, p: float):
+        self.p, self.seed = p, int(torch.randint(2**62, ()))  # of torch's CPU generator: nothing waits for a GPU
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # not as x is strided, which differs
+        return mask.bernoulli_(1 - self.p, generator=generator).mul_(x).div_(1 - self.p)
+
+
+def _input_again(scale, kept, rebuild, tokens, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [T, K] as its codes have it, from the codes or from their source, and a factor [1, 1] of it if not 1."""
+    if rebuild is None:
+        return dequantize(kept[0], scale, dtype=dtype), None
+    top = scale.amax(dim=(0, 1), keepdim=True)
+    return rebuild(top, *kept).to(dtype).t()[:tokens], top.to(dtype)
+
+
+class _CoatLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes, scale, keep, rebuild, cache, stored, grad_dtype, out_dtype, drops, scalings, *tensors):
+        """``tensors`` are weights, biases (or None), a and b of the adapters (or None), each one for each linear, then
+        what is kept of the input if not codes."""
+        many = len(scalings)
+        weights, biases, downs, ups = (tensors[i * many : (i + 1) * many] for i in range(4))
+        kept = tensors[4 * many :] or (codes,)
+        w_q, w_s = quantize_weights(weights, Granularity.TOKEN, POWER_OF_TWO, cache, stored)
+        bias = biases[0] if many == 1 or biases[0] is None else torch.cat(biases)
+        y = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)  # [T, sum N]
+        del w_q
+        flat = x.reshape(-1, x.shape[-1]).to(out_dtype)
+        ys = y.split([w.shape[0] for w in weights], dim=1)
+        ranks = [0 if a is None else a.shape[0] for a in downs]
+        if any(drops):
+            pairs = [(a, drop) for a, drop in zip(downs, drops, strict=True) if a is not None]
+            h = torch.cat([_dropped(flat, drop) @ a.to(out_dtype).t() for a, drop in pairs], dim=1)
+        else:
+            h = flat @ _joined(downs, out_dtype).t()  # [T, sum r]
+        for part, y_i, b, scaling in zip(h.split(ranks, dim=1), ys, ups, scalings, strict=True):
+            if b is not None:
+                y_i.addmm_(part, b.to(out_dtype).t(), alpha=scaling)
+        ctx.save_for_backward(w_s, scale, h, *weights, *downs, *ups, *(kept if keep else ()))
+        ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.rebuild, ctx.cache = x.shape, x.dtype, ranks, rebuild, cache
+        ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return results(y, x.shape, [w.shape[0] for w in weights])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dys):
+        w_s, x_s, h, *rest = ctx.saved_tensors
+        many, scalings, drops = len(ctx.scalings), ctx.scalings, ctx.drops
+        weights, downs, ups = (rest[i * many : (i + 1) * many] for i in range(3))
+        kept = rest[3 * many :]
+        needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[_SETTINGS:]
+        needs_bias, needs_a, needs_b = (needs[i * many : (i + 1) * many] for i in (1, 2, 3))
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [T, N_i]
+        dtype = dys[0].dtype
+        dx, das, dbs = None, [None] * many, [None] * many
+        us = [
+            None if b is None else (dy @ b.to(dtype)).mul_(scaling)
+            for dy, b, scaling in zip(dys, ups, scalings, strict=True)
+        ]
+        for i, part in enumerate(h.split(ctx.ranks, dim=1)):
+            if needs_b[i]:
+                dbs[i] = (dys[i].t() @ part).mul_(scalings[i]).to(ups[i].dtype)
+        biases = [
+            dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted else None
+            for dy, wanted in zip(dys, needs_bias, strict=True)
+        ]
+        if needs_dx:
+            dy_q, _, dy_s = quantize(
+                dys[0] if many == 1 else dys, ctx.grad_dtype, Granularity.TOKEN, **({} if many == 1 else {"dim": 1})
+            )
+            w_qt, top = transposed_weights(weights, w_s, ctx.cache)
+            dx = scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=dtype)
+            del dy_q, w_qt
+        del dys
+        joined = None if any(drops) else torch.cat([u for u in us if u is not None], dim=1)  # [T, sum r]
+        if needs_dx and joined is not None:
+            dx.addmm_(joined, _joined(downs, dtype))
+        elif needs_dx:
+            for u, a, drop in zip(us, downs, drops, strict=True):
+                if a is not None:
+                    dx.add_(_dropped(u @ a.to(dtype), drop))
+        if any(needs_a):
+            x, factor = _input_again(x_s, kept, ctx.rebuild, len(h), dtype)
+            if joined is not None:
+                das = list((joined.t() @ x).split(ctx.ranks))
+            else:
+                das = [None if u is None else u.t() @ _dropped(x, drop) for u, drop in zip(us, drops, strict=True)]
+            das = [da if factor is None or da is None else da * factor for da in das]
+            das = [da.to(a.dtype) if n else None for da, a, n in zip(das, downs, needs_a, strict=True)]
+        dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
+        return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *das, *dbs, *[None] * (len(needs) - 4 * many)
+
+
+_SETTINGS = 11  # arguments of _CoatLora before its tensors
+
+
+def _joined(downs: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
+    """a of all adapters, one below the other: [sum r, K]."""
+    there = [a.to(dtype) for a in downs if a is not None]
+    return there[0] if len(there) == 1 else torch.cat(there)
+
+
+def _dropped(x: torch.Tensor, drop: _Drop | None) -> torch.Tensor:
+    return x if drop is None else drop(x)
+
+
+def coat_lora(
+    x: torch.Tensor,
+    weight: Weight | Sequence[Weight],
+    bias: torch.Tensor | Sequence[torch.Tensor] | None,
+    adapter: Adapter | Sequence[Adapter | None],
+    *,
+    grad_format: Fp8Format = Fp8Format.E4M3,
+    cache: WeightCache | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """``y = x @ weight.T + bias + scaling * drop(x) @ a.T @ b.T``, the frozen weight in FP8 with a scale per row.
+
+    The adapter's forward reads x as it is; its gradients are those of x rounded to FP8, which is what is kept.
+
+    Args:
+        x: BF16 or FP32 [..., K].
+        weight: BF16, FP32 or stored as FP8, [N, K], frozen. Or several that read ``x``; the result is then a tuple.
+        bias: [N] or None; as many as there are weights, or none at all.
+        adapter: As many as there are weights, at least one of them not None.
+        grad_format: Format of the codes of the output's gradient.
+        cache: Where the codes of weights that are not stored are kept over microbatches.
+
+    Returns:
+        [..., N], in autocast's dtype where autocast is on, else in the dtype of ``x``.
+    """
+    out_dtype = compute_dtype(x)
+    weights, stored = bits_and_scales((weight,) if isinstance(weight, Weight) else tuple(weight))
+    adapters = (adapter,) if isinstance(adapter, Adapter) else tuple(adapter)
+    many = len(weights)
+    biases = (bias,) * many if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
+    keep = torch.is_grad_enabled() and any(a is not None and a.a.requires_grad for a in adapters)
+    quantized = quantize_input(x, Granularity.TOKEN, POWER_OF_TWO, keep)
+    rebuild = None if quantized.source is None else quantized.source.rebuild
+    drops = tuple(_Drop(a.dropout) if a is not None and a.dropout else None for a in adapters)
+    return _CoatLora.apply(
+        x, quantized.codes, quantized.scale, keep, rebuild, cache if torch.is_grad_enabled() else None, stored,
+        grad_format.dtype, out_dtype, drops, tuple(0.0 if a is None else a.scaling for a in adapters), *weights,
+        *biases, *(None if a is None else a.a for a in adapters), *(None if a is None else a.b for a in adapters),
+        *quantized.kept,
+    )  # fmt: skip
