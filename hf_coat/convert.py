@@ -1,6 +1,5 @@
 """Put COAT into a live model and take it out again: one walker, one report."""
 
-import fnmatch
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from .modules import (
     fuse_loss,
     unfuse_loss,
 )
+from .policy import Policy
 from .report import conversion_table
 
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0), Blackwell (10, 0) and (12, 0)
@@ -41,13 +41,16 @@ class ConversionReport:
         kept: Name of a linear, norm, MLP or attention that stays as it was -> why.
         uncovered: Class of the other modules that hold parameters -> how many modules and parameters COAT does not
             touch.
-        unmatched: Entries of ``modules_to_not_convert`` and ``activations`` that name nothing of this model.
+        unmatched: Entries of ``modules_to_not_convert``, ``activations`` and ``regions`` that name nothing of this
+            model.
+        regions: Region of a vision-language model -> where it is, whether it trains, and what its policy is.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     uncovered: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    regions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -60,6 +63,7 @@ class ConversionReport:
         if self.kept:
             reasons = Counter(self.kept.values())
             lines.append("kept: " + ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common()))
+        lines += [f"{region}: {what}" for region, what in self.regions.items()]
         if self.uncovered:
             lines.append("not covered: " + ", ".join(f"{kind} ({what})" for kind, what in self.uncovered.items()))
         if self.unmatched:
@@ -69,11 +73,6 @@ class ConversionReport:
     def __str__(self) -> str:
         """The whole report as a table, with the layers of a stack on one line."""
         return conversion_table(self.to_dict())
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names this module or a parent: part of the dotted path, or with ``*`` as in a shell."""
-    return f".{pattern}." in f".{name}." or fnmatch.fnmatchcase(name, pattern)
 
 
 def check_devices(model: nn.Module) -> None:
@@ -121,23 +120,7 @@ class _Walk:
     def __init__(self, model: nn.Module, config: CoatConfig):
         self.model, self.config, self.report = model, config, ConversionReport()
         self.names = {module: name for name, module in model.named_modules()}
-        self.excluding = {pattern: False for pattern in config.modules_to_not_convert or ()}
-        entries = config.activations if isinstance(config.activations, dict) else {}
-        self.choosing = {pattern: pattern in KINDS for pattern in entries}
-
-    def excluded(self, name: str) -> str | None:
-        """Why ``modules_to_not_convert`` leaves this module alone, if it does."""
-        found = [pattern for pattern in self.excluding if _matches(name, pattern)]
-        self.excluding.update(dict.fromkeys(found, True))
-        return f"excluded by modules_to_not_convert={found[0]!r}" if found else None
-
-    def policy(self, kind: str, name: str) -> Keep:
-        """What ``activations`` says for a module."""
-        if isinstance(self.config.activations, str):
-            return Keep(self.config.activations)
-        found = [pattern for pattern in self.choosing if pattern == kind or _matches(name, pattern)]
-        self.choosing.update(dict.fromkeys(found, True))
-        return Keep(self.config.activations[found[-1]]) if found else Keep.LEAN
+        self.policy = Policy(model, config)
 
     def linears(self) -> None:
         reasons = why_kept(self.model)
@@ -147,9 +130,9 @@ class _Walk:
             if type(module) not in (nn.Linear, CoatLinear, CoatHead):
                 reason = f"a {type(module).__name__}, not a plain nn.Linear"
             else:
-                reason = self.excluded(name) or reasons.get(name)
+                reason = self.policy.excluded(name) or reasons.get(name)
             if reason is None:
-                CoatLinear.convert(module, self.config)
+                CoatLinear.convert(module, self.config, self.policy.region(name))
                 self.report.converted[name] = f"CoatLinear, a scale per {self.config.granularity.value}"
             else:
                 if type(module) is CoatLinear:
@@ -188,7 +171,7 @@ class _Walk:
                 state = recognise(module)
                 if state is None:
                     continue
-                policy = self.policy(kind, name)
+                policy = self.policy.keep(kind, name)
                 if isinstance(state, str):
                     reason = state
                 elif "forward" in vars(module) and not isinstance(module, Converted):
@@ -197,12 +180,12 @@ class _Walk:
                     reason = "activations='paper'" if policy is Keep.PAPER else None
                 else:
                     reason = "activations='bf16'" if policy is Keep.BF16 else None
-                reason = self.excluded(name) or reason
+                reason = self.policy.excluded(name) or reason
                 if reason is None:
                     state.keep = policy
                     if isinstance(state, MLPState) and self.config.cache_weights:
                         state.cache = WeightCache()
-                    convert(module, mixin, self.config, state)
+                    convert(module, mixin, self.config, state, self.policy.region(name))
                     self.report.converted[name] = how(state, self.config)
                 else:
                     if isinstance(module, Converted):
@@ -264,7 +247,8 @@ def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> Conversion
         raise ValueError(f"COAT found nothing to convert in {type(model).__name__}: {walk.report.summary()}")
     walk.loss()
     walk.report.uncovered = _uncovered(model)
-    walk.report.unmatched = [pattern for pattern, found in (walk.excluding | walk.choosing).items() if not found]
+    walk.report.unmatched = walk.policy.unmatched
+    walk.report.regions = walk.policy.describe(model)
     return walk.report
 
 
