@@ -192,10 +192,10 @@ class Policy:
         """For each region where it is, whether it trains, and what is done there; empty where there are none."""
         counts: dict[Region, list[int]] = {}
         seen = set()
-        for name, p in model.named_parameters():
+        for name, p in model.named_parameters(remove_duplicate=False):
             region = self.region(name)
-            if region is not None and id(p) not in seen:
-                seen.add(id(p))
+            if region is not None and (region, id(p)) not in seen:
+                seen.add((region, id(p)))
                 total, trainable = counts.setdefault(region, [0, 0])
                 counts[region] = [total + p.numel(), trainable + p.numel() * p.requires_grad]
         told = {}
