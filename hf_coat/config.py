@@ -132,6 +132,10 @@ class CoatConfig(QuantizationConfigMixin):
             ``"lean"`` saves the attention's memory too, for an attention computed twice and gradients from rounded
             q and k.
         regions: Corrects the regions that hf_coat.policy finds: from a pattern of module names to a region.
+        probe_steps: In how many steps at the beginning of a Trainer's run a vision-language model is measured by
+            :mod:`hf_coat.probe`, and linears that FP8 costs too much are moved to BF16; 0 for none.
+        promoted: Linears that were moved so, and why. The Trainer's runs write it into ``coat_config.json``, for the
+            run that is resumed there.
         group_size: Consecutive values of a token that share a scale in what is kept: 16, 32, 64, 128 or 256.
         scale_format: How those scales are kept: ``"e8m0"`` (a byte, a power of two), ``"bfloat16"``, ``"float32"``.
         cache_weights: Whether the codes of weights are kept over the microbatches of an optimizer step, while
@@ -151,6 +155,8 @@ class CoatConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
     activations: str | dict[str, str] = AUTO_POLICY
     regions: dict[str, str] = field(default_factory=dict)
+    probe_steps: int = 2
+    promoted: dict[str, str] = field(default_factory=dict)
     group_size: int = 128
     scale_format: ScaleFormat = ScaleFormat.E8M0
     cache_weights: bool = True
@@ -169,6 +175,10 @@ class CoatConfig(QuantizationConfigMixin):
             )
         self._check_activations()
         self._check_regions()
+        if isinstance(self.probe_steps, bool) or not isinstance(self.probe_steps, int) or self.probe_steps < 0:
+            raise ValueError(f"CoatConfig.probe_steps is {self.probe_steps!r}; it must be a number of steps, or 0")
+        if not isinstance(self.promoted, dict) or {type(t) for item in self.promoted.items() for t in item} - {str}:
+            raise TypeError(f"CoatConfig.promoted is {self.promoted!r}; it must be a dict from names to reasons")
         if self.granularity is Granularity.TOKEN and not self.power_of_two:
             raise ValueError(
                 "CoatConfig.power_of_two is False and CoatConfig.granularity is 'token', whose scales must be powers "

@@ -173,6 +173,8 @@ class Policy:
 
     def excluded(self, name: str) -> str | None:
         """Why a module stays as it is, whatever it is; None for those that may be converted."""
+        if name in self.config.promoted:
+            return self.config.promoted[name]
         found = [pattern for pattern in self.config.modules_to_not_convert or () if self._names(pattern, name)]
         self.used.update(dict.fromkeys(found, True))
         if found:

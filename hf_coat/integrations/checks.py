@@ -3,6 +3,8 @@
 Devices and dtypes are refused by :func:`hf_coat.convert.check_devices`, which every conversion calls.
 """
 
+import dataclasses
+
 from torch import nn
 
 from ..config import CoatConfig
@@ -24,7 +26,9 @@ def check_model(model: nn.Module, config: CoatConfig) -> None:
             if not isinstance(module, CoatLinear) and (not p.is_floating_point() or p.element_size() < 2):
                 _refuse_quantized(f"the model is already quantized: {path}.{name} is {p.dtype}")
     loaded_with = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(loaded_with, CoatConfig) and loaded_with != config:
+    if not isinstance(loaded_with, CoatConfig):
+        return
+    if loaded_with != dataclasses.replace(config, promoted=loaded_with.promoted):  # those a probe may have found since
         raise ValueError(
             f"the model was loaded with {loaded_with}, and now {config} is asked for. Ask for the same, load the "
             "model without quantization_config, or leave it as it is with coat=HfCoatConfig(model=None)"
