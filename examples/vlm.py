@@ -13,6 +13,7 @@ training is the one you know.
 import dataclasses
 import statistics
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -28,13 +29,12 @@ from hf_coat.policy import find_regions  # COAT
 
 DEFAULTS = {
     "output_dir": "runs/vlm",
-    "num_train_epochs": 12,
+    "num_train_epochs": 8,
     "per_device_train_batch_size": 32,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "logging_steps": 50,
-    "bf16": True,
     "save_strategy": "no",
     "remove_unused_columns": False,  # the collator makes the model's inputs
     "dataloader_pin_memory": torch.cuda.is_available(),
@@ -104,7 +104,7 @@ def small_llava():
         text_config=transformers.LlamaConfig(**layers, **tokens, vocab_size=32, initializer_range=0.05),
         image_token_index=words["<image>"], vision_feature_layer=-1,
     )  # fmt: skip
-    return transformers.LlavaForConditionalGeneration(config), processor
+    return transformers.LlavaForConditionalGeneration(config).bfloat16(), processor
 
 
 class Collator:
@@ -156,8 +156,13 @@ def exact_match(model, collator: Collator, rows: Dataset, new_tokens: int, batch
     return right / len(rows)
 
 
-def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> tuple[float, memory.MemoryBreakdown]:
-    """The share of right answers after a training, and the bytes of one of its steps."""
+class Run(NamedTuple):
+    score: float  # share of the held-out rows that are answered rightly
+    predicted: memory.MemoryBreakdown  # bytes of a step
+    measured: memory.MemoryBreakdown
+
+
+def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> Run:
     transformers.set_seed(args.seed)
     name, data = script_args.model_name_or_path, script_args.dataset_name
     if name is None:
@@ -184,7 +189,9 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     print(f"seed {args.seed}: {score:.1%} of the held-out answers are right", end="\n\n", flush=True)
     trainer.save_model()
     batch = next(iter(trainer.get_train_dataloader()))
-    return score, memory.measure(model, batch, trainer.optimizer)
+    states = args.coat and args.coat.optimizer  # COAT
+    predicted = memory.predict(model, batch, group_size=states.group_size if states else None)
+    return Run(score, predicted, memory.measure(model, batch, trainer.optimizer))
 
 
 def main():
@@ -194,17 +201,18 @@ def main():
     plain = dataclasses.replace(args, coat=None, optim="adamw_torch", output_dir=f"{args.output_dir}/bf16")
     kinds = {"BF16": plain} if args.coat is None or script_args.compare_bf16 else {}
     kinds |= {} if args.coat is None else {"COAT": args}
-    scores, bytes_of = {kind: [] for kind in kinds}, {}
+    runs = {kind: [] for kind in kinds}
     for seed in range(args.seed, args.seed + script_args.seeds):
         for kind, settings in kinds.items():
             print(f"=== {kind}, seed {seed}", flush=True)
-            score, bytes_of[kind] = train(script_args, dataclasses.replace(settings, seed=seed))
-            scores[kind].append(score)
+            runs[kind].append(train(script_args, dataclasses.replace(settings, seed=seed)))
     print("Held-out answers that are right")
-    for kind, shares in scores.items():
-        print(f" {kind:<6}{statistics.mean(shares):>7.1%}   {', '.join(f'{share:.1%}' for share in shares)}")
+    for kind, done in runs.items():
+        mean, each = statistics.mean(run.score for run in done), ", ".join(f"{run.score:.1%}" for run in done)
+        print(f" {kind:<6}{mean:>7.1%}   {each}")
     if len(kinds) == 2:  # COAT
-        print("\n" + report.memory_table(bytes_of["BF16"], bytes_of["COAT"]))
+        bf16, coat = (runs[kind][-1] for kind in ("BF16", "COAT"))
+        print("\n" + report.memory_table(bf16.predicted, coat.predicted, coat.measured, bf16.measured))
 
 
 if __name__ == "__main__":
