@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from coat_kernels import Granularity
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -65,3 +66,17 @@ def test_pays_puts_the_peers_side_by_side(benchmarks):
     table = benchmarks("peers").pays(rows)
     beside = {"bf16_ms": 2.0, "bf16_host_ms": 1.0, "lean_ms": 3.0, "lean_host_ms": 2.5}
     assert table == {"rows": [{"hidden": 1024, "tokens": 256} | beside], "missing": [rows[2]]}
+
+
+def test_text_tokens_keep_their_resolution_beside_outliers(benchmarks):
+    """The modality claim, at one point: with a scale per token text tokens do not see image tokens."""
+    row = {
+        (scale, factor): benchmarks("modality").through_linear(
+            factor, Granularity(scale), text=16, image=16, width=64
+        )["forward"]
+        for scale in ("token", "tensor")
+        for factor in (1.0, 2.0**16)
+    }
+    # Two operands, each rounded with a relative error of 0.026.
+    assert max(row["token", 1.0], row["token", 2.0**16], row["tensor", 1.0]) < 1.2 * 2**0.5 * 0.026
+    assert row["tensor", 2.0**16] > 0.1
