@@ -198,9 +198,10 @@ def main():
     parser = HfArgumentParser((ScriptArguments, hf_coat.TrainingArguments))  # COAT: not transformers.TrainingArguments
     parser.set_defaults(**DEFAULTS)
     script_args, args = parser.parse_args_into_dataclasses()
-    plain = dataclasses.replace(args, coat=None, optim="adamw_torch", output_dir=f"{args.output_dir}/bf16")
-    kinds = {"BF16": plain} if args.coat is None or script_args.compare_bf16 else {}
-    kinds |= {} if args.coat is None else {"COAT": args}
+    kinds = {"BF16" if args.coat is None else "COAT": args}
+    if args.coat is not None and script_args.compare_bf16:
+        plain = dataclasses.replace(args, coat=None, optim="adamw_torch", output_dir=f"{args.output_dir}/bf16")
+        kinds = {"BF16": plain, **kinds}
     runs = {kind: [] for kind in kinds}
     for seed in range(args.seed, args.seed + script_args.seeds):
         for kind, settings in kinds.items():
