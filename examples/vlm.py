@@ -31,7 +31,7 @@ DEFAULTS = {
     "output_dir": "runs/vlm",
     "num_train_epochs": 8,
     "per_device_train_batch_size": 32,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
     "logging_steps": 50,
