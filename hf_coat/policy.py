@@ -16,6 +16,11 @@ A region's policy is what ``CoatConfig.activations`` says for it. Where that say
     language    lean without its attentions, as models of text alone
     head        BF16, fused with the loss, which skips all positions without a label: no image token meets it
 
+Image tokens that are large in the residual stream reach no linear behind a norm as such. Where tokens do differ, by
+more than 2^12 (the input of an MLP's last linear can), one scale per tensor loses the small ones in the forward, and
+the weight gradient, whose tokens always share a scale, loses them where their input is made again from an MLP's gate
+and up: benchmarks/modality.py. hf_coat.probe looks for both in the first steps and leaves such linears in BF16.
+
 A patch embedding, the linears in front of a tower's first attention, stays in BF16: it reads raw pixels. A frozen
 region needs no policy: what no gradient passes keeps nothing, and what one passes (from LoRA inside, or from a
 projector in front of it) keeps what the input's gradient needs, which is never the input of a frozen linear.
