@@ -23,6 +23,7 @@ from . import __version__
 CONFIG_NAME = "coat_config.json"
 LINEAR_GRANULARITIES = (Granularity.TENSOR, Granularity.TOKEN)
 GROUP_SIZES = (16, 32, 64, 128, 256)
+AUTO_POLICY = "auto"  # what hf_coat.policy decides, by region
 
 
 class Keep(str, enum.Enum):
@@ -54,6 +55,15 @@ class FrozenWeights(str, enum.Enum):
     AUTO = "auto"
     FP8 = "fp8"
     BF16 = "bf16"
+
+
+class Region(str, enum.Enum):
+    """Regions of a vision-language model; see :mod:`hf_coat.policy`."""
+
+    VISION = "vision"
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
+    HEAD = "head"
 
 
 def _settings(cls: type) -> type:
@@ -130,12 +140,19 @@ class CoatConfig(QuantizationConfigMixin):
         power_of_two: Whether scales are powers of two. Scales per token must be: then codes move from one scale to
             another without a second rounding, which the weight gradient needs.
         grad_format: FP8 format of output gradients, ``"e4m3"`` or ``"e5m2"``. Activations and weights are E4M3.
-        modules_to_not_convert: Modules to leave alone: parts of their dotted names, or patterns with ``*``.
+        modules_to_not_convert: Modules to leave alone: parts of their dotted names, patterns with ``*``, or a
+            :class:`Region` of a vision-language model.
         activations: What is kept for the backward, see :class:`Keep`: one policy, or a dict from ``"norm"``,
-            ``"mlp"``, ``"attention"`` or a pattern as in ``modules_to_not_convert`` to one; the last entry that
-            matches a module holds, and where none does ``"lean"``. The default, ``{"attention": "bf16"}``, is lean
-            without FP8 in the attention; ``"lean"`` saves that memory too, for an attention computed twice and
-            gradients from rounded q and k.
+            ``"mlp"``, ``"attention"``, a region or a pattern as in ``modules_to_not_convert`` to one; the last entry
+            that matches a module holds, and where none does ``"auto"``. The default, ``"auto"``, is lean without FP8
+            in the attention, and in a vision-language model what :mod:`hf_coat.policy` says for each region;
+            ``"lean"`` saves the attention's memory too, for an attention computed twice and gradients from rounded
+            q and k.
+        regions: Corrects the regions that hf_coat.policy finds: from a pattern of module names to a region.
+        probe_steps: In how many steps at the beginning of a Trainer's run a vision-language model is measured by
+            :mod:`hf_coat.probe`, and linears that FP8 costs too much are moved to BF16; 0 for none.
+        promoted: Linears that were moved so, and why. The Trainer's runs write it into ``coat_config.json``, for the
+            run that is resumed there.
         group_size: Consecutive values of a token that share a scale in what is kept: 16, 32, 64, 128 or 256.
         scale_format: How those scales are kept: ``"e8m0"`` (a byte, a power of two), ``"bfloat16"``, ``"float32"``.
         cache_weights: Whether the codes of weights are kept over the microbatches of an optimizer step, while
@@ -156,7 +173,10 @@ class CoatConfig(QuantizationConfigMixin):
     power_of_two: bool = True
     grad_format: Fp8Format = Fp8Format.E4M3
     modules_to_not_convert: list[str] | None = None
-    activations: str | dict[str, str] = field(default_factory=lambda: {"attention": "bf16"})
+    activations: str | dict[str, str] = AUTO_POLICY
+    regions: dict[str, str] = field(default_factory=dict)
+    probe_steps: int = 2
+    promoted: dict[str, str] = field(default_factory=dict)
     group_size: int = 128
     scale_format: ScaleFormat = ScaleFormat.E8M0
     cache_weights: bool = True
@@ -176,6 +196,11 @@ class CoatConfig(QuantizationConfigMixin):
                 f"CoatConfig.group_size is {self.group_size!r}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
             )
         self._check_activations()
+        self._check_regions()
+        if isinstance(self.probe_steps, bool) or not isinstance(self.probe_steps, int) or self.probe_steps < 0:
+            raise ValueError(f"CoatConfig.probe_steps is {self.probe_steps!r}; it must be a number of steps, or 0")
+        if not isinstance(self.promoted, dict) or {type(t) for item in self.promoted.items() for t in item} - {str}:
+            raise TypeError(f"CoatConfig.promoted is {self.promoted!r}; it must be a dict from names to reasons")
         if self.granularity is Granularity.TOKEN and not self.power_of_two:
             raise ValueError(
                 "CoatConfig.power_of_two is False and CoatConfig.granularity is 'token', whose scales must be powers "
@@ -188,7 +213,8 @@ class CoatConfig(QuantizationConfigMixin):
             self.modules_to_not_convert = list(names)
 
     def _check_activations(self) -> None:
-        policies = ", ".join(repr(keep.value) for keep in Keep)
+        choices = [AUTO_POLICY, *(keep.value for keep in Keep)]
+        policies = ", ".join(map(repr, choices))
         if isinstance(self.activations, str):  # which the members of Keep are too
             entries = {"": self.activations}
         elif isinstance(self.activations, dict) and all(isinstance(key, str) for key in self.activations):
@@ -196,14 +222,24 @@ class CoatConfig(QuantizationConfigMixin):
         else:
             raise TypeError(
                 f"CoatConfig.activations is {self.activations!r}; it must be one of {policies}, or a dict from "
-                "'norm', 'mlp', 'attention' or a pattern of module names to one of them"
+                "'norm', 'mlp', 'attention', a region or a pattern of module names to one of them"
             )
         for key, value in entries.items():
-            if value not in [keep.value for keep in Keep]:
+            if value not in choices:
                 where = f" for {key!r}" if key else ""
                 raise ValueError(f"CoatConfig.activations{where} is {value!r}; it must be one of {policies}")
-        entries = {key: Keep(value).value for key, value in entries.items()}
+        entries = {key: choices[choices.index(value)] for key, value in entries.items()}
         self.activations = entries if isinstance(self.activations, dict) else entries[""]
+
+    def _check_regions(self) -> None:
+        choices, regions = [region.value for region in Region], self.regions
+        if not isinstance(regions, dict) or not all(isinstance(key, str) for key in regions):
+            raise TypeError(f"CoatConfig.regions is {regions!r}; it must be a dict from patterns of names to regions")
+        for key, value in regions.items():
+            if value not in choices:
+                valid = ", ".join(map(repr, choices))
+                raise ValueError(f"CoatConfig.regions for {key!r} is {value!r}; it must be one of {valid}")
+        self.regions = {key: choices[choices.index(value)] for key, value in regions.items()}
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Set those of the keys that are ours and return the others, as transformers does; the result is checked."""

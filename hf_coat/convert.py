@@ -1,6 +1,5 @@
 """Put COAT into a live model and take it out again: one walker, one report."""
 
-import fnmatch
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -38,6 +37,7 @@ from .modules import (
     fuse_loss,
     unfuse_loss,
 )
+from .policy import Policy
 from .report import conversion_table
 
 STORED = ", stored as FP8"  # in the report, of a frozen weight
@@ -53,13 +53,16 @@ class ConversionReport:
         kept: Name of a linear, norm, MLP or attention that stays as it was -> why.
         uncovered: Class of the other modules that hold parameters -> how many modules and parameters COAT does not
             touch.
-        unmatched: Entries of ``modules_to_not_convert`` and ``activations`` that name nothing of this model.
+        unmatched: Entries of ``modules_to_not_convert``, ``activations`` and ``regions`` that name nothing of this
+            model.
+        regions: Region of a vision-language model -> where it is, whether it trains, and what its policy is.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     uncovered: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    regions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -75,6 +78,7 @@ class ConversionReport:
         stored = sum(STORED in what for what in self.converted.values())
         if stored:
             lines.append(f"{stored} frozen weights stored as FP8; saves and remove_coat hold what FP8 made of them")
+        lines += [f"{region}: {what}" for region, what in self.regions.items()]
         if self.uncovered:
             lines.append("not covered: " + ", ".join(f"{kind} ({what})" for kind, what in self.uncovered.items()))
         if self.unmatched:
@@ -84,11 +88,6 @@ class ConversionReport:
     def __str__(self) -> str:
         """The whole report as a table, with the layers of a stack on one line."""
         return conversion_table(self.to_dict())
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names this module or a parent: part of the dotted path, or with ``*`` as in a shell."""
-    return f".{pattern}." in f".{name}." or fnmatch.fnmatchcase(name, pattern)
 
 
 def check_devices(model: nn.Module) -> None:
@@ -138,23 +137,7 @@ class _Walk:
         self.names = {module: name for name, module in model.named_modules()}
         auto = config.frozen_weights is FrozenWeights.AUTO
         self.stores = is_adapted(model) if auto else config.frozen_weights is FrozenWeights.FP8
-        self.excluding = {pattern: False for pattern in config.modules_to_not_convert or ()}
-        entries = config.activations if isinstance(config.activations, dict) else {}
-        self.choosing = {pattern: pattern in KINDS for pattern in entries}
-
-    def excluded(self, name: str) -> str | None:
-        """Why ``modules_to_not_convert`` leaves this module alone, if it does."""
-        found = [pattern for pattern in self.excluding if _matches(name, pattern)]
-        self.excluding.update(dict.fromkeys(found, True))
-        return f"excluded by modules_to_not_convert={found[0]!r}" if found else None
-
-    def policy(self, kind: str, name: str) -> Keep:
-        """What ``activations`` says for a module."""
-        if isinstance(self.config.activations, str):
-            return Keep(self.config.activations)
-        found = [pattern for pattern in self.choosing if pattern == kind or _matches(name, pattern)]
-        self.choosing.update(dict.fromkeys(found, True))
-        return Keep(self.config.activations[found[-1]]) if found else Keep.LEAN
+        self.policy = Policy(model, config)
 
     def linears(self) -> None:
         reasons, unstored = why_kept(self.model), why_not_stored(self.model)
@@ -170,31 +153,32 @@ class _Walk:
             if type(module) not in (nn.Linear, CoatLinear, CoatFrozenLinear, CoatHead):
                 reason = f"a {type(module).__name__}, not a plain nn.Linear"
             else:
-                reason = self.excluded(name) or reasons.get(name)
+                reason = self.policy.excluded(name) or reasons.get(name)
             if reason is None:
-                what = self.store(module, unstored.get(module))
+                what = self.store(module, name, unstored.get(module))
                 self.report.converted[name] = f"CoatLinear, a scale per {self.config.granularity.value}{what}"
             else:
                 if isinstance(module, CoatLinear):
                     module.revert()
                 self.report.kept[name] = reason
 
-    def store(self, module: nn.Linear, unstored: str | None) -> str:
+    def store(self, module: nn.Linear, name: str, unstored: str | None) -> str:
         """Convert a linear, store its weight as FP8 if it is to be, and say so."""
+        region = self.policy.region(name)
         if not self.stores or module.weight.requires_grad or unstored:
             if isinstance(module, CoatFrozenLinear):
                 module.thaw()
-            CoatLinear.convert(module, self.config)
+            CoatLinear.convert(module, self.config, region)
             return f", not stored as FP8: {unstored}" if self.stores and unstored else ""
         if isinstance(module, CoatFrozenLinear):
             if (module.coat.granularity, module.coat.power_of_two) == (
                 self.config.granularity,
                 self.config.power_of_two,
             ):
-                module.coat, module.coat_merged = self.config, None
+                module.coat, module.coat_merged, module.coat_region = self.config, None, region
                 return STORED
             module.thaw()
-        CoatFrozenLinear.freeze(CoatLinear.convert(module, self.config))
+        CoatFrozenLinear.freeze(CoatLinear.convert(module, self.config, region))
         return STORED
 
     def adapters(self) -> None:
@@ -202,7 +186,7 @@ class _Walk:
         for name, module in list(self.model.named_modules()):
             state = lora_state(module)
             if state is not None:
-                convert(module, CoatLora, self.config, state)
+                convert(module, CoatLora, self.config, state, self.policy.region(name))
                 self.report.converted[name] = "CoatLora: base and adapter share an FP8 input"
 
     def loss(self) -> None:
@@ -249,7 +233,7 @@ class _Walk:
                 state = recognise(module)
                 if state is None:
                     continue
-                policy = self.policy(kind, name)
+                policy = self.policy.keep(kind, name)
                 if isinstance(state, str):
                     reason = state
                 elif "forward" in vars(module) and not isinstance(module, Converted):
@@ -258,12 +242,12 @@ class _Walk:
                     reason = "activations='paper'" if policy is Keep.PAPER else None
                 else:
                     reason = "activations='bf16'" if policy is Keep.BF16 else None
-                reason = self.excluded(name) or reason
+                reason = self.policy.excluded(name) or reason
                 if reason is None:
                     state.keep = policy
                     if isinstance(state, MLPState) and self.config.cache_weights:
                         state.cache = WeightCache()
-                    convert(module, mixin, self.config, state)
+                    convert(module, mixin, self.config, state, self.policy.region(name))
                     self.report.converted[name] = how(state, self.config)
                     if isinstance(state, MLPState):
                         self.join_firsts(module, state)
@@ -328,7 +312,8 @@ def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> Conversion
         raise ValueError(f"COAT found nothing to convert in {type(model).__name__}: {walk.report.summary()}")
     walk.loss()
     walk.report.uncovered = _uncovered(model)
-    walk.report.unmatched = [pattern for pattern, found in (walk.excluding | walk.choosing).items() if not found]
+    walk.report.unmatched = walk.policy.unmatched
+    walk.report.regions = walk.policy.describe(model)
     return walk.report
 
 

@@ -94,7 +94,9 @@ def conversion_table(record: Mapping[str, Any]) -> str:
         for name, what in record[outcome].items():
             key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name) or "(the model)", outcome, what)
             counts[key] = counts.get(key, 0) + 1
-    body = [[name, str(count), outcome, what] for (name, outcome, what), count in counts.items()]
+    regions = [(name, *what.split(": ", 1)) for name, what in record.get("regions", {}).items()]
+    body = [[where, "", region, what] for region, where, what in regions]
+    body += [[name, str(count), outcome, what] for (name, outcome, what), count in counts.items()]
     body += [[name, "", "not covered", what] for name, what in record["uncovered"].items()]
     body += [[name, "", "no such module", "named by modules_to_not_convert"] for name in record.get("unmatched", ())]
     return _render("What COAT did to the model", ["module", "count", "outcome", "how or why"], body, numbers=(1,))

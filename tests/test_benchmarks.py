@@ -1,5 +1,6 @@
 """The training benchmarks run, with a tiny model on the CPU, and say of every peer what became of it."""
 
+import argparse
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coat_kernels import Granularity
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -135,3 +137,29 @@ def test_states_are_captured(tmp_path):
     assert captured["step"] == 2 and len(captured["states"]) == 12
     for state in captured["states"].values():
         assert set(state) == {"exp_avg", "exp_avg_sq", "grad"} and all(t.any() for t in state.values())
+
+
+def test_text_tokens_keep_their_resolution_beside_outliers(benchmarks):
+    """The modality claim, at one point: with a scale per token text tokens do not see image tokens."""
+    row = {
+        (scale, factor): benchmarks("modality").through_linear(
+            factor, Granularity(scale), text=16, image=16, width=64
+        )["forward"]
+        for scale in ("token", "tensor")
+        for factor in (1.0, 2.0**16)
+    }
+    # Two operands, each rounded with a relative error of 0.026.
+    assert max(row["token", 1.0], row["token", 2.0**16], row["tensor", 1.0]) < 1.2 * 2**0.5 * 0.026
+    assert row["tensor", 2.0**16] > 0.1
+
+
+@pytest.mark.parametrize("case", ["llava", "qwen"])
+def test_vision_language_models(case, benchmarks):
+    """A row of a tiny model whose tower is frozen, and what of it trains."""
+    options = argparse.Namespace(case=case, train="all but the tower", peer="lean", tiny=True, batch=2, iterations=1)
+    options.trace = False
+    row = benchmarks("vlm").run(options)
+    images = {"llava": [4, 4], "qwen": [1, 2]}[case]
+    assert row["tokens"] == sum(images) + 2 * 128
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3)
+    assert 0 < row["trainable"] < row["parameters"]

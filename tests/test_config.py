@@ -71,6 +71,12 @@ def test_repr_shows_what_is_not_default():
             ["activations for 'mlp'", "'x'", "'lean', 'paper'"],
         ),
         (lambda: CoatConfig(activations=["lean"]), TypeError, ["activations", "['lean']", "'attention'"]),
+        (
+            lambda: CoatConfig(regions={"lm": "text"}),
+            ValueError,
+            ["regions for 'lm'", "'text'", "'vision', 'projector'"],
+        ),
+        (lambda: CoatConfig(regions=["vision"]), TypeError, ["regions", "['vision']", "dict"]),
         (lambda: CoatConfig(granularity="row"), ValueError, ["granularity", "'row'", "'tensor', 'token'"]),
         (lambda: CoatConfig(granularity="group"), ValueError, ["granularity", "'group'", "'tensor', 'token'"]),
         (lambda: CoatConfig(granularity=["token"]), ValueError, ["granularity", "['token']", "'tensor', 'token'"]),

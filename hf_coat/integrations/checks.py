@@ -3,6 +3,8 @@
 Devices and dtypes are refused by :func:`hf_coat.convert.check_devices`, which every conversion calls.
 """
 
+import dataclasses
+
 from torch import nn
 
 from ..config import CoatConfig, HfCoatConfig
@@ -29,7 +31,9 @@ def check_model(model: nn.Module, config: CoatConfig) -> None:
             if not isinstance(module, CoatLinear) and (not p.is_floating_point() or p.element_size() < 2):
                 _refuse_quantized(f"the model is already quantized: {path}.{name} is {p.dtype}")
     then = loaded_with(model)
-    if isinstance(then, CoatConfig) and then != config:
+    if not isinstance(then, CoatConfig):
+        return
+    if then != dataclasses.replace(config, promoted=then.promoted):  # those that a probe may have found since
         raise ValueError(
             f"the model was loaded with {then}, and now {config} is asked for. Ask for the same, load the "
             "model without quantization_config, or leave it as it is with coat=HfCoatConfig(model=None)"

@@ -7,6 +7,7 @@ the last event before the optimizer is made and before ``accelerate`` wraps the 
     Trainer(model, args, callbacks=[CoatCallback("lean")], optimizer_cls_and_kwargs=(CoatAdamW, {"lr": 1e-5}))
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -29,6 +30,7 @@ from ..config import CONFIG_NAME, CoatConfig, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
 from ..families import is_adapted
 from ..optim import CoatAdamW, CoatLion, CoatOptimizer, GradientRelease
+from ..probe import Probe
 from ..report import format_bytes
 from .checks import check_model, check_release, check_run, loaded_with
 
@@ -179,6 +181,7 @@ class CoatCallback(TrainerCallback):
         coat: The recipe; None in a run without COAT.
         report: What happened to the model; None before, and where the recipe has no model half.
         record: The run as plain values: ``coat``, ``conversion``; the rates that Trainer logs, by their names there;
+            for a vision-language model what the ``probe`` of the first steps found, by step, region and modality;
             at the end the bytes of ``weights``, ``optimizer_states``, and ``adamw_states``: what AdamW's would be.
     """
 
@@ -187,6 +190,7 @@ class CoatCallback(TrainerCallback):
         self.report: ConversionReport | None = None
         self.record: dict[str, Any] = {}
         self._release: GradientRelease | None = None
+        self.probe: Probe | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -220,6 +224,10 @@ class CoatCallback(TrainerCallback):
             _refuse_codes(_bare(optimizer))  # without COAT too
         if self.coat is None:
             return
+        if state.global_step > 0:  # what the run that is resumed had found
+            _, then = _checkpoint_recipe(args, state)
+            if then is not None:
+                self._promote((then.get("model") or {}).get("promoted", {}))
         self._convert(model)  # model_init may have made another one since
         if self.report is not None and state.is_world_process_zero:
             logger.warning(f"COAT: {self.report.summary()}")
@@ -252,20 +260,43 @@ class CoatCallback(TrainerCallback):
                 self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
 
     def _compare_with_checkpoint(self, args, state) -> None:
-        """Say in what the recipe differs from the one that the checkpoint was made with.
+        """Say in what the recipe differs from the one that the checkpoint was made with."""
+        file, then = _checkpoint_recipe(args, state)
+        if then is not None:
+            then, now = _flat(then), _flat(self.coat.to_dict())
+            keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+            if keys:
+                changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
+                logger.warning(f"coat differs from what {file} was saved with: {changes}")
 
-        Trainer does not tell an event where it resumes from; it is where the arguments say, or in the output folder.
-        """
-        for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
-            file = os.path.join(str(folder), CONFIG_NAME)
-            if os.path.isfile(file):
-                with open(file, encoding="utf-8") as stream:
-                    then, now = _flat(json.load(stream)), _flat(self.coat.to_dict())
-                keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-                if keys:
-                    changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
-                    logger.warning(f"coat differs from what {file} was saved with: {changes}")
-                return
+    def _promote(self, linears: dict[str, str]) -> None:
+        """Keep these in BF16, and no others that a probe found. The user's own configuration stays what it was."""
+        if self.coat.model is not None and self.coat.model.promoted != linears:
+            self.coat = dataclasses.replace(self.coat, model=dataclasses.replace(self.coat.model, promoted=linears))
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.probe is not None:  # of a step that was given up
+            self.probe.__exit__()
+            self.probe = None
+        of_interest = self.report is not None and self.report.regions and not args.torch_compile
+        if of_interest and state.global_step < self.coat.model.probe_steps:
+            self.probe = Probe(model, self.coat.model).__enter__()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.probe is None:
+            return
+        # Each step decides by itself, so that a run that is resumed between two of them decides as if it were not.
+        probe, self.probe = self.probe, None
+        probe.__exit__()
+        found = dict(probe.outstanding())
+        if found:
+            self._promote(self.coat.model.promoted | found)
+            self.report = apply_coat(model, self.coat.model)
+            self.record |= {"coat": self.coat.to_dict(), "conversion": self.report.to_dict()}
+            if state.is_world_process_zero:
+                said = "; ".join(f"{name}: {why}" for name, why in found.items())
+                logger.warning(f"COAT: step {state.global_step} showed what FP8 costs too much: {said}")
+        self.record.setdefault("probe", {})[str(state.global_step)] = probe.by_region()
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if self.coat is None:
@@ -313,7 +344,7 @@ class _FollowsArguments(CoatCallback):
     put adapters on a model that was loaded with a ``CoatConfig``."""
 
     def __init__(self):
-        self.coat, self.report, self.record, self._release = None, None, {}, None
+        self.coat, self.report, self.record, self._release, self.probe = None, None, {}, None, None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -339,6 +370,19 @@ def _refuse_codes(optimizer: Optimizer) -> None:
             "coat= of the checkpoint (its coat_config.json), convert its optimizer.pt to AdamW's with "
             "hf_coat.optim.to_adamw_state_dict, or start a new run from its weights"
         )
+
+
+def _checkpoint_recipe(args, state) -> tuple[str | None, dict[str, Any] | None]:
+    """The file with the recipe of the checkpoint that is resumed from, and what it holds; None where there is none.
+
+    Trainer does not tell an event where it resumes from; it is where the arguments say, or in the output folder.
+    """
+    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
+        file = os.path.join(str(folder), CONFIG_NAME)
+        if os.path.isfile(file):
+            with open(file, encoding="utf-8") as stream:
+                return file, json.load(stream)
+    return None, None
 
 
 def _checkpoint_folder(args, state) -> str:

@@ -42,9 +42,6 @@ class CoatAttention(Converted):
             forward = with_names(forward, self.coat_state.rotary)
         return forward(self, *args, **kwargs)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}keeps={self.coat_state.keep.value}"
-
 
 class _Registry:
     """transformers' registry of attention functions, whose functions run in :func:`attend`."""

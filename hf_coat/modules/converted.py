@@ -4,7 +4,7 @@ import functools
 
 from torch import nn
 
-from ..config import CoatConfig
+from ..config import CoatConfig, Region
 
 
 class Converted:
@@ -13,17 +13,24 @@ class Converted:
     Attributes:
         coat: The :class:`~hf_coat.config.CoatConfig` in force.
         coat_state: What the conversion found out about the module, and what it needs to run.
+        coat_region: The region of a vision-language model that the module is in; see :mod:`hf_coat.policy`.
         coat_original: The class that the module had.
     """
 
     coat: CoatConfig
+    coat_region: Region | None
     coat_original: type[nn.Module]
 
     def revert(self) -> nn.Module:
         """Undo the conversion exactly and return the module."""
-        del self.coat, self.coat_state
+        del self.coat, self.coat_state, self.coat_region
         self.__class__ = self.coat_original
         return self
+
+    def extra_repr(self) -> str:
+        said = [super().extra_repr(), f"keeps={self.coat_state.keep.value}"]
+        said += [] if self.coat_region is None else [f"region={self.coat_region.value}"]
+        return ", ".join(filter(None, said))
 
     def __reduce_ex__(self, protocol):
         # Pickle finds classes by name, which these lack: they are named by what they were made from.
@@ -45,7 +52,9 @@ def _empty(mixin: type[Converted], original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def convert(module: nn.Module, mixin: type[Converted], config: CoatConfig, state: object) -> nn.Module:
+def convert(
+    module: nn.Module, mixin: type[Converted], config: CoatConfig, state: object, region: Region | None = None
+) -> nn.Module:
     """Change the class of a live module (also one on the meta device) in place and return it.
 
     Its parameters, their names, ties and hooks, and the module object itself, stay what they were. Doing it again
@@ -53,5 +62,5 @@ def convert(module: nn.Module, mixin: type[Converted], config: CoatConfig, state
     """
     if not isinstance(module, Converted):
         module.__class__ = converted_class(mixin, type(module))
-    module.coat, module.coat_state = config, state
+    module.coat, module.coat_state, module.coat_region = config, state, region
     return module

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..config import CoatConfig
+from ..config import CoatConfig, Region
 from ..functional import Adapter, StoredWeight, WeightCache, coat_linear, coat_lora
 
 
@@ -86,24 +86,26 @@ class CoatLinear(nn.Linear):
         coat: The :class:`~hf_coat.config.CoatConfig` that says how it quantizes.
         coat_cache: Where its weight's codes are kept over microbatches, or None.
         coat_merged: The linears that it runs together with, or None.
+        coat_region: The region of a vision-language model that it is in; see :mod:`hf_coat.policy`.
     """
 
     coat: CoatConfig
+    coat_region: Region | None
     coat_cache: WeightCache | None
     coat_merged: Merged | None
 
     @classmethod
-    def convert(cls, module: nn.Linear, config: CoatConfig) -> "CoatLinear":
+    def convert(cls, module: nn.Linear, config: CoatConfig, region: Region | None = None) -> "CoatLinear":
         """Turn an ``nn.Linear`` (also one on the meta device) into a ``CoatLinear`` in place and return it."""
         module.__class__ = cls
-        module.coat = config
+        module.coat, module.coat_region = config, region
         module.coat_cache = WeightCache() if config.cache_weights else None
         module.coat_merged = None
         return module
 
     def revert(self) -> nn.Linear:
         """Undo :meth:`convert` exactly and return the module."""
-        del self.coat, self.coat_cache, self.coat_merged
+        del self.coat, self.coat_cache, self.coat_merged, self.coat_region
         self.__class__ = nn.Linear
         return self
 
@@ -138,7 +140,8 @@ class CoatLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         together = f", one of {len(self.coat_merged.members)}" if self.coat_merged is not None else ""
-        return f"{super().extra_repr()}, fp8=per-{self.coat.granularity.value}{together}"
+        region = "" if self.coat_region is None else f", region={self.coat_region.value}"
+        return f"{super().extra_repr()}, fp8=per-{self.coat.granularity.value}{together}{region}"
 
 
 PEFT_MODEL = "base_model.model."  # how the names in the state dict of a PeftModel begin

@@ -58,6 +58,3 @@ class CoatMLP(Converted):
             parts = parts[0].chunk(2, dim=-1)
         h = coat_activation(parts[0], parts[1] if state.gated else None, gate, share=lean, demand=state.demand)
         return h if last is None else last(h)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}keeps={self.coat_state.keep.value}"

@@ -64,6 +64,3 @@ class CoatNorm(Converted):
         )  # fmt: skip
         y = y.transpose(1, 2) if swapped else y
         return coat_activation(gate, y, gating, share=False) if gate is not None and state.gate == "after" else y
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, keeps={self.coat_state.keep.value}"
