@@ -14,8 +14,9 @@ LEVELS = [
     ("hf_coat.config",),
     ("hf_coat.functional", "hf_coat.optim"),
     ("hf_coat.modules",),
-    ("hf_coat.convert", "hf_coat.families", "hf_coat.memory", "hf_coat.report"),
+    ("hf_coat.convert", "hf_coat.families", "hf_coat.memory", "hf_coat.peak", "hf_coat.report"),
     ("hf_coat.integrations",),
+    ("hf_coat.cli",),
     ("hf_coat", "hf_coat.trl"),  # the package's own page: it names what the others offer
     ("examples",),
 ]
