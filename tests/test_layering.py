@@ -14,7 +14,8 @@ LEVELS = [
     ("hf_coat.config",),
     ("hf_coat.functional", "hf_coat.optim"),
     ("hf_coat.modules",),
-    ("hf_coat.convert", "hf_coat.families", "hf_coat.memory", "hf_coat.peak", "hf_coat.report", "hf_coat.card"),
+    ("hf_coat.report",),
+    ("hf_coat.card", "hf_coat.convert", "hf_coat.families", "hf_coat.memory", "hf_coat.peak", "hf_coat.record"),
     ("hf_coat.integrations",),
     ("hf_coat.cli",),
     ("hf_coat", "hf_coat.trl"),  # the package's own page: it names what the others offer
