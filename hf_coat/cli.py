@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 BF16 = "bf16"  # no preset: torch.optim.AdamW and the model as it is
@@ -42,6 +42,46 @@ def _estimate(options: argparse.Namespace) -> str:
     return estimate_table(title, rows, CARDS)
 
 
+def _report(options: argparse.Namespace) -> str:
+    from .plots import write_page
+    from .record import read_run
+
+    if len(options.runs) > 4:
+        raise ValueError(f"{len(options.runs)} runs do not fit side by side; name at most four")
+    names = [os.path.basename(os.path.abspath(run)) for run in options.runs]
+    if len(set(names)) < len(names):
+        names = list(options.runs)
+    records = {name: read_run(run) for name, run in zip(names, options.runs, strict=True)}
+    files = write_page(records, options.output or options.runs[0])
+    return "\n".join(map(str, files))
+
+
+def _strip(options: argparse.Namespace) -> str:
+    file = os.path.join(options.checkpoint, "config.json") if os.path.isdir(options.checkpoint) else options.checkpoint
+    with open(file, encoding="utf-8") as stream:
+        config = json.load(stream)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no model's config: it holds {type(config).__name__}, not an object")
+    removed = [key for key in _marks(config)]
+    if not removed:
+        return f"{file} has no mark of hf_coat: nothing to remove"
+    part = f"{file}.part"
+    with open(part, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(config, indent=2) + "\n")
+    os.replace(part, file)
+    return f"{file}: removed {', '.join(removed)}. The weights are plain and stay as they are"
+
+
+def _marks(config: dict, where: str = "") -> Iterator[str]:
+    """Take out each ``quantization_config`` of COAT's, also in the parts of a model; yield its place."""
+    for key, value in list(config.items()):
+        if key == "quantization_config" and isinstance(value, dict) and value.get("quant_method") == "coat":
+            del config[key]
+            yield where + key
+        elif isinstance(value, dict):
+            yield from _marks(value, f"{where}{key}.")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="hf-coat", description="FP8 training for Hugging Face models.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -69,6 +109,25 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--card", type=int, choices=(24, 40, 48, 80, 141), help="find the largest batch for this card")
     new.add_argument("--revision", help="of the model on the Hub")
     new.add_argument("--json", action="store_true", help="write figures in bytes as JSON")
+
+    new = commands.add_parser(
+        "report",
+        help="plots of a run, or of several side by side",
+        description="Draw the records that runs with coat= leave (coat_run.json): a PNG for each plot, and "
+        "report.html with all of them.",
+    )
+    new.set_defaults(run=_report)
+    new.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run; up to four side by side")
+    new.add_argument("--output", help="folder for the files (that of the first run)")
+
+    new = commands.add_parser(
+        "strip",
+        help="remove our marks from a checkpoint's config.json",
+        description="Remove the quantization_config of COAT's from a config.json, for tools that reject a method "
+        "that they do not know. The weights of such a checkpoint are plain; nothing else is changed.",
+    )
+    new.set_defaults(run=_strip)
+    new.add_argument("checkpoint", help="folder of a checkpoint, or its config.json")
     return top
 
 

@@ -16,7 +16,7 @@ LEVELS = [
     ("hf_coat.modules",),
     ("hf_coat.report",),
     ("hf_coat.card", "hf_coat.convert", "hf_coat.families", "hf_coat.memory", "hf_coat.peak", "hf_coat.record"),
-    ("hf_coat.integrations",),
+    ("hf_coat.integrations", "hf_coat.plots"),
     ("hf_coat.cli",),
     ("hf_coat", "hf_coat.trl"),  # the package's own page: it names what the others offer
     ("examples",),
@@ -28,6 +28,7 @@ FOREIGN = {
     "coat_kernels": {"torch", "triton"},
     "hf_coat": {"torch"},
     "hf_coat.config": {"torch", "transformers", "packaging"},
+    "hf_coat.plots": {"matplotlib"},
     "hf_coat.report": {"rich"},
     "hf_coat.integrations": {"torch", "transformers", "accelerate", "huggingface_hub", "peft", "trl", "safetensors"},
 }
