@@ -58,17 +58,19 @@ def run_section(record: Mapping[str, Any]) -> str:
     if record["model"]:
         rows["model"] = f"{record['model']['class']}, {record['model']['parameters']:,} parameters"
     rows["converted"] = _conversion(record["conversion"])
-    rows["hardware"] = ", ".join(str(value) for value in record["hardware"].values() if value)
+    hardware = record["hardware"]
+    size = f" of {format_bytes(hardware['memory_bytes'])}" if hardware["memory_bytes"] else ""
+    rows["hardware"] = f"{hardware['processes']} x {hardware['device']}{size}"
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     rows["steps"] = str(record["steps"])
     if record["resumed_at"]:
         rows["resumed at steps"] = ", ".join(map(str, record["resumed_at"]))
     losses = [entry for entry in record["log"] if "loss" in entry]
     if losses:
-        rows["training loss"] = f"{losses[0]['loss']:.4f} at step {losses[0]['step']}, "
-        rows["training loss"] += f"{losses[-1]['loss']:.4f} at step {losses[-1]['step']}"
+        ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
+        rows["training loss"] = ", ".join(f"{_number(entry['loss'])} at step {entry['step']}" for entry in ends)
     for entry in [entry for entry in record["log"] if "eval_loss" in entry][-1:]:
-        rows["evaluation loss"] = f"{entry['eval_loss']:.4f} at step {entry['step']}"
+        rows["evaluation loss"] = f"{_number(entry['eval_loss'])} at step {entry['step']}"
     for name, rate in record["throughput"].items():
         rows[name.replace("_", " ")] = f"{rate:,.2f}"
     for name, size in record["memory"].items():
@@ -99,6 +101,16 @@ Recipe (`coat_config.json`):
 """
 
 
+def run_card(record: Mapping[str, Any], name: str) -> str:
+    """A card of a run by itself, as those in ``model_cards`` are.
+
+    Args:
+        record: What ``coat_run.json`` holds.
+        name: Its heading.
+    """
+    return f"---\ntags:\n{_listed(TAGS)}\n---\n\n# {name}\n\n{run_section(record)}"
+
+
 def with_section(card: str, section: str) -> str:
     """A card with the section in it: in place of the one that is there, or at its end."""
     old = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
@@ -116,7 +128,7 @@ def run_metadata(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     metadata: dict[str, Any] = {"tags": list(TAGS)}
     evaluations = [entry for entry in record["log"] if "eval_loss" in entry]
-    if evaluations:
+    if evaluations and evaluations[-1]["eval_loss"] is not None:
         result = {
             "task": {"type": "text-generation"},
             "dataset": {"name": "evaluation set of the run", "type": "unknown"},
@@ -124,6 +136,10 @@ def run_metadata(record: Mapping[str, Any], name: str) -> dict[str, Any]:
         }
         metadata["model-index"] = [{"name": name, "results": [result]}]
     return metadata
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _conversion(conversion: Mapping[str, Any] | None) -> str:

@@ -71,7 +71,8 @@ def _finish(axes, title: str, x: str, y: str, legend: bool = True) -> None:
 
 
 def _line(axes, steps: list[float], values: list[float], **how) -> None:
-    axes.plot(steps, values, marker="o" if len(steps) < 20 else None, markersize=4, linewidth=1.4, **how)
+    marker = "s" if how["linestyle"] == "--" else "o"
+    axes.plot(steps, values, marker=marker if len(steps) < 20 else None, markersize=4, linewidth=1.4, **how)
 
 
 def _loss(records: Records):
