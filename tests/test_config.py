@@ -101,7 +101,7 @@ def test_repr_shows_what_is_not_default():
         (
             lambda: HfCoatConfig.resolve("user/recipe"),
             OSError,
-            ["user/recipe", "not in the local cache", "no local path"],
+            ["user/recipe", "not in the local cache"],
         ),
         (lambda: HfCoatConfig.resolve("{'model': 1}"), ValueError, ["coat", "not valid JSON", "line 1"]),
         (lambda: HfCoatConfig.resolve('{"model": {"granularity": "row"}}'), ValueError, ["'row'", "'token'"]),
