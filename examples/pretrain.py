@@ -162,14 +162,11 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     if args.coat is not None:  # COAT: already applied; asking again tells what it did
         if args.coat.model is not None:
             print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n")
-        batch, kept = (args.train_batch_size, script_args.block_size), {"group_size": None}
-        if (optimizer := args.coat.optimizer) is not None:
-            kept = {key: getattr(optimizer, key) for key in ("group_size", "format", "weights")}
-            kept["optimizer"] = optimizer.name
+        batch = args.train_batch_size, script_args.block_size
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             predicted = (
-                memory.predict(model, batch, coat=False, group_size=None),
-                memory.predict(model, batch, **kept),
+                memory.predict(model, batch, coat=False, optimizer=None),
+                memory.predict(model, batch, optimizer=args.coat.optimizer),
             )
 
     begun = time.monotonic()

@@ -157,8 +157,8 @@ def summarize(trainer: Trainer, coat: Run, bf16: Run | None) -> None:
     print("\n".join(f" {name:<42}{value:>8.2f}" for name, value in rows.items()), end="\n\n")
     print(
         report.memory_table(
-            memory.predict(model, batch, coat=False, group_size=None),
-            memory.predict(model, batch, group_size=optimizer.group_size if optimizer else None),
+            memory.predict(model, batch, coat=False, optimizer=None),
+            memory.predict(model, batch, optimizer=optimizer),
             coat.memory,
             bf16 and bf16.memory,
         )

@@ -189,8 +189,7 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     print(f"seed {args.seed}: {score:.1%} of the held-out answers are right", end="\n\n", flush=True)
     trainer.save_model()
     batch = next(iter(trainer.get_train_dataloader()))
-    states = args.coat and args.coat.optimizer  # COAT
-    predicted = memory.predict(model, batch, group_size=states.group_size if states else None)
+    predicted = memory.predict(model, batch, optimizer=args.coat.optimizer if args.coat else None)
     return Run(score, predicted, memory.measure(model, batch, trainer.optimizer))
 
 

@@ -9,6 +9,7 @@ import enum
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import __version__
 
 CONFIG_NAME = "coat_config.json"
+MAX_CONFIG_BYTES = 2**20
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LINEAR_GRANULARITIES = (Granularity.TENSOR, Granularity.TOKEN)
 GROUP_SIZES = (16, 32, 64, 128, 256)
 AUTO_POLICY = "auto"  # what hf_coat.policy decides, by region
@@ -41,10 +44,12 @@ class Keep(str, enum.Enum):
 
 
 class OptimizerName(str, enum.Enum):
-    """The optimizers that a recipe can bring: ``adamw``, :class:`hf_coat.CoatAdamW`; ``lion``, its ``CoatLion``."""
+    """The optimizers that a recipe can bring: ``adamw``, ``lion`` and ``muon``, which are :class:`hf_coat.CoatAdamW`,
+    ``CoatLion`` and ``CoatMuon``."""
 
     ADAMW = "adamw"
     LION = "lion"
+    MUON = "muon"
 
 
 class FrozenWeights(str, enum.Enum):
@@ -103,6 +108,8 @@ def _read(cls: type, settings: dict[str, Any]) -> Any:
         raise TypeError(f"{cls.__name__} is read from a dict, got {settings!r}")
     settings = dict(settings)
     version = settings.pop("hf_coat_version", __version__)
+    if not isinstance(version, str):
+        raise TypeError(f"hf_coat_version is {version!r}; it must be a str")
     try:
         return cls(**settings)
     except (TypeError, ValueError) as error:
@@ -272,7 +279,8 @@ class CoatOptimizerConfig:
     """What happens to the optimizer: moments of 8 bits per value (paper section 3).
 
     Args:
-        name: ``"adamw"``, or ``"lion"`` (arXiv 2302.06675), which has one moment and so half of the state.
+        name: ``"adamw"``; ``"lion"`` (arXiv 2302.06675), which has one moment and so half of the state; or ``"muon"``
+            for the matrices inside a model, with AdamW for the rest.
         group_size: Consecutive values along the last dimension that share a scale, 1 to 1024.
         format: How the moments are kept: ``"lean"``, m / sqrt(v) and the fourth root of v in equal steps, with less
             than half of the error and less side data; ``"paper"``, E4M3 with dynamic range expansion; or plain
@@ -308,6 +316,11 @@ class CoatOptimizerConfig:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"CoatOptimizerConfig.seed is {self.seed!r}; it must be an integer")
         _check_boolean(self, "gradient_release")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the optimizer's constructor takes of this."""
+        return {name: value for name, value in vars(self).items() if name not in ("name", "gradient_release")}
 
 
 @_settings
@@ -354,9 +367,51 @@ class HfCoatConfig:
         Path(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike) -> "HfCoatConfig":
-        """Read a preset, a folder with ``coat_config.json``, or such a file; see :meth:`resolve`."""
-        return cls.resolve(os.fspath(name_or_path))
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "HfCoatConfig":
+        """Read a preset, a folder with ``coat_config.json``, such a file, or a repository on the Hub.
+
+        Args:
+            name_or_path: As in :meth:`resolve`.
+            revision: Branch, tag or commit on the Hub; with it ``name_or_path`` is taken for a repository's name.
+            token: For a private repository; by default that of ``hf auth login`` or ``HF_TOKEN``.
+            local_files_only: Take it from the local cache, without asking the Hub.
+
+        Raises:
+            OSError: Where the Hub has no such repository, revision or file, or cannot be reached.
+            ValueError: For what is no recipe.
+        """
+        name = os.fspath(name_or_path)
+        if revision is None and token is None and not local_files_only or not HUB_ID.fullmatch(name):
+            return cls.resolve(name)
+        return cls._from_hub(name, revision=revision, token=token, local_files_only=local_files_only)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Put ``coat_config.json`` and a card into a repository on the Hub, which is made if need be.
+
+        Args:
+            repo_id: ``"user/recipe"``.
+            options: Those of :func:`hf_coat.integrations.hub.push_recipe`: ``private``, ``token``, ``revision``,
+                ``commit_message``, ``create_pr``.
+
+        Returns:
+            The address of the commit.
+        """
+        from .integrations.hub import push_recipe
+
+        return push_recipe(self.to_dict(), CONFIG_NAME, repo_id, **options)
+
+    @classmethod
+    def _from_hub(cls, repo_id: str, **options: Any) -> "HfCoatConfig":
+        from .integrations.hub import fetch
+
+        return cls._from_file(fetch(repo_id, CONFIG_NAME, **options), source=f"{CONFIG_NAME} of {repo_id!r}")
 
     @classmethod
     def resolve(cls, value: "HfCoatConfig | CoatConfig | CoatOptimizerConfig | dict | str") -> "HfCoatConfig":
@@ -364,10 +419,12 @@ class HfCoatConfig:
 
         A recipe stands for itself, one half of it for a recipe with only that half, a dict for :meth:`from_dict`. A
         string is, in this order: the name of a preset; the recipe itself as JSON, if it starts with ``{``; the path of
-        a local JSON file, or of a folder that holds ``coat_config.json``. So a preset wins over a file of the same
-        name, which ``./lean`` would name.
+        a local JSON file, or of a folder that holds ``coat_config.json``; a repository on the Hub that holds it,
+        ``user/recipe`` or, for one branch, tag or commit, ``user/recipe@revision``. So a preset wins over a file of
+        the same name, which ``./lean`` would name, and a local path over the Hub.
 
         Raises:
+            OSError: Where the Hub has no such repository, revision or file, or cannot be reached.
             TypeError: For a value of another type.
             ValueError: For a string that is none of these; the error lists the presets and what was looked for.
         """
@@ -391,18 +448,36 @@ class HfCoatConfig:
             return cls._from_json(value, source="coat")
         path = Path(value).expanduser()
         file = path / CONFIG_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise ValueError(
-                f"coat is {value!r}, which is no preset ({presets}) and no JSON (it would start with '{{'), and there "
-                f"is no file {str(file)!r}"
-            )
-        return cls._from_json(file.read_text(encoding="utf-8"), source=str(file))
+        if file.is_file():
+            return cls._from_file(file, source=str(file))
+        repo_id, _, revision = value.partition("@")
+        if HUB_ID.fullmatch(repo_id) and not path.exists():
+            try:
+                return cls._from_hub(repo_id, revision=revision or None)
+            except OSError as error:
+                error.add_note(f"coat is {value!r}, which is no preset ({presets}), no JSON and no local path either.")
+                raise
+        raise ValueError(
+            f"coat is {value!r}, which is no preset ({presets}), no JSON (it would start with '{{') and no name on "
+            f"the Hub (user/recipe), and there is no file {str(file)!r}"
+        )
+
+    @classmethod
+    def _from_file(cls, file: Path, source: str) -> "HfCoatConfig":
+        size = file.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ValueError(f"{source} has {size:,} bytes; a recipe has at most {MAX_CONFIG_BYTES:,}")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not valid JSON: {error}") from error
+        return cls._from_json(text, source)
 
     @classmethod
     def _from_json(cls, text: str, source: str) -> "HfCoatConfig":
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source} is not valid JSON: {error}") from error
         except (TypeError, ValueError) as error:
             error.add_note(f"This was read from {source}.")

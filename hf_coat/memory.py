@@ -15,18 +15,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-from coat_kernels.states import StateFormat, Weights, group_shape
+from coat_kernels.states import Weights, group_shape
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .config import OptimizerName
+from .config import CoatOptimizerConfig, OptimizerName
 from .convert import remove_coat
+from .optim import muon_groups
 from .optim.sharding import rows_shape
 
 STEP_BYTES = 4
+MUON_GROUP_BYTES = 1  # the scale of a group of CoatMuon's momentum
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,7 @@ def predict(
     batch: Mapping[str, object] | tuple[int, int],
     *,
     coat: bool = True,
-    group_size: int | None = 128,
-    format: StateFormat | str = StateFormat.LEAN,
-    weights: Weights | str = Weights.STOCHASTIC,
-    optimizer: OptimizerName | str = OptimizerName.ADAMW,
+    optimizer: CoatOptimizerConfig | None = CoatOptimizerConfig(),  # noqa: B008  # it is frozen
 ) -> MemoryBreakdown:
     """Bytes that one training step of ``model`` takes, found without running it.
 
@@ -77,14 +81,36 @@ def predict(
         batch: The arguments of one forward by name; or ``(batch size, length)`` for a language model, which stands for
             ``input_ids`` and ``labels`` of that shape and no padding.
         coat: False predicts the model as :func:`hf_coat.remove_coat` leaves it.
-        group_size: Values per group of COAT's optimizer; None for ``torch.optim.AdamW``.
-        format, weights: How COAT's optimizer keeps moments and BF16 weights.
-        optimizer: Which one it is.
+        optimizer: COAT's optimizer; None for ``torch.optim.AdamW``.
 
     Raises:
         RuntimeError: Where the forward's course depends on computed values (the routing of some mixtures of experts)
             or PyTorch knows no fake twin of an operation; its message names the operation. Then only :func:`measure`
             can tell.
+    """
+    with fake_twin(model, batch) as (model, batch):
+        if not coat:
+            remove_coat(model)
+        activations, _ = _saved_by_forward(model.train(), batch)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    muon = optimizer is not None and optimizer.name is OptimizerName.MUON
+    matrices = {p for group in muon_groups(model) if group["use_muon"] for _, p in group["params"]} if muon else ()
+    return MemoryBreakdown(
+        weights=distinct_bytes(tensors_of(model)),
+        gradients=distinct_bytes(trainable),
+        optimizer_states=sum(_state_bytes(p, optimizer, p in matrices) for p in trainable),
+        activations=activations,
+    )
+
+
+@contextmanager
+def fake_twin(
+    model: nn.Module, batch: Mapping[str, object] | tuple[int, int]
+) -> Iterator[tuple[nn.Module, dict[str, object]]]:
+    """A copy of a model's structure and of a batch whose floats are fake tensors, in the mode in which it can run.
+
+    A batch ``(batch size, length)`` becomes ``input_ids`` and ``labels`` of that shape. What is on the meta device is
+    taken to be on the CPU.
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if isinstance(batch, tuple):
@@ -101,20 +127,10 @@ def predict(
             like = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device if t.is_meta else t.device)
         return nn.Parameter(like, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else like
 
-    model = copy.deepcopy(model, {id(t): fake(t) for t in _tensors_of(model)})
-    if not coat:
-        remove_coat(model)
+    model = copy.deepcopy(model, {id(t): fake(t) for t in tensors_of(model)})
     batch = {name: fake(value) for name, value in batch.items()}
     with mode, _RealIntegers():
-        activations, _ = _saved_by_forward(model.train(), batch)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    kept = group_size, StateFormat(format), Weights(weights), 1 if optimizer == OptimizerName.LION else 2
-    return MemoryBreakdown(
-        weights=_bytes(_tensors_of(model)),
-        gradients=_bytes(trainable),
-        optimizer_states=sum(_state_bytes(p, *kept) for p in trainable),
-        activations=activations,
-    )
+        yield model, batch
 
 
 def measure(model: nn.Module, batch: Mapping[str, object], optimizer: Optimizer) -> MemoryBreakdown:
@@ -138,13 +154,13 @@ def measure(model: nn.Module, batch: Mapping[str, object], optimizer: Optimizer)
         with _training(model), torch.random.fork_rng(devices=[device.index for device in on_cuda]):
             activations, loss = _saved_by_forward(model, batch)
             loss.backward()
-        gradient_bytes = _bytes(p.grad for p in gradients if p.grad is not None)
+        gradient_bytes = distinct_bytes(p.grad for p in gradients if p.grad is not None)
     finally:
         for p, gradient in gradients.items():
             p.grad = gradient
     states = (value for state in optimizer.state.values() for value in state.values())
-    state_bytes = _bytes(value for value in states if isinstance(value, torch.Tensor))
-    return MemoryBreakdown(_bytes(_tensors_of(model)), gradient_bytes, state_bytes, activations, peak)
+    state_bytes = distinct_bytes(value for value in states if isinstance(value, torch.Tensor))
+    return MemoryBreakdown(distinct_bytes(tensors_of(model)), gradient_bytes, state_bytes, activations, peak)
 
 
 class _RealIntegers(TorchDispatchMode):
@@ -153,13 +169,30 @@ class _RealIntegers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(isinstance(value, FakeTensor) for value in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)
+            return func(*_with_positions(func, args), **kwargs)
         if func is not torch.ops.aten._local_scalar_dense.default:  # tensor.item(), which a fake tensor has not
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except DynamicOutputShapeException:  # the values say how long the result is: they are there
+                result = None
             if any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in tree_leaves(result)):
                 return result
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+def _with_positions(func, args: tuple) -> tuple:
+    """The arguments of ``fake[mask]``, where the mask is real, with the positions that it marks."""
+    if func is not torch.ops.aten.index.Tensor:
+        return args
+    positions = []
+    for index in args[1]:
+        if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+            positions.append(index)
+        else:
+            with unset_fake_temporarily():
+                positions.extend(index.nonzero(as_tuple=True))
+    return args[0], positions
 
 
 class _Saved:
@@ -185,11 +218,11 @@ def _saved_by_forward(model: nn.Module, batch: Mapping[str, object]) -> tuple[in
             f"{type(model).__name__} gave no loss for a batch of {sorted(batch)}; memory is counted up to the loss: "
             "put labels into the batch"
         )
-    given = [*_tensors_of(model), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
-    return _bytes([holder.tensor for holder in saved], without=given), loss
+    given = [*tensors_of(model), *(value for value in batch.values() if isinstance(value, torch.Tensor))]
+    return distinct_bytes([holder.tensor for holder in saved], without=given), loss
 
 
-def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
     """Parameters, buffers and tensors in plain attributes of the model's modules."""
     return [
         t
@@ -200,20 +233,22 @@ def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
     ]
 
 
-def _bytes(tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()) -> int:
+def distinct_bytes(tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()) -> int:
     """Bytes of the distinct storages under ``tensors`` that are not under ``without``."""
     known = {t.untyped_storage()._cdata for t in without}
     sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(size for storage, size in sizes.items() if storage not in known)
 
 
-def _state_bytes(p: torch.Tensor, group_size: int | None, format: StateFormat, weights: Weights, moments: int) -> int:
+def _state_bytes(p: torch.Tensor, optimizer: CoatOptimizerConfig | None, by_muon: bool) -> int:
     """Bytes of one parameter's optimizer state: its moments, the step in a float32 scalar, a master's residual."""
-    if group_size is None:
+    if optimizer is None:
         return 2 * p.nbytes + STEP_BYTES
-    groups = math.prod(group_shape(rows_shape(p.shape), group_size))
-    residual = p.numel() if weights is Weights.MASTER and p.dtype == torch.bfloat16 else 0
-    return moments * (p.numel() + groups * format.group_bytes) + STEP_BYTES + residual
+    groups = math.prod(group_shape(rows_shape(p.shape), optimizer.group_size))
+    moments = 1 if by_muon or optimizer.name is OptimizerName.LION else 2
+    residual = p.numel() if optimizer.weights is Weights.MASTER and p.dtype == torch.bfloat16 else 0
+    side_data = MUON_GROUP_BYTES if by_muon else optimizer.format.group_bytes
+    return moments * (p.numel() + groups * side_data) + STEP_BYTES + residual
 
 
 @contextmanager

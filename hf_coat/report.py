@@ -102,6 +102,28 @@ def conversion_table(record: Mapping[str, Any]) -> str:
     return _render("What COAT did to the model", ["module", "count", "outcome", "how or why"], body, numbers=(1,))
 
 
+def estimate_table(title: str, rows: Mapping[str, Mapping[str, Any]], cards: Iterable[int]) -> str:
+    """Predicted bytes of a training step, a recipe a column.
+
+    Args:
+        title: What is trained, and how.
+        rows: Name of a recipe -> the fields of a :class:`hf_coat.peak.StepEstimate`, ``fits`` (the cards that hold
+            it), and, if it was asked for, ``largest_batch`` by card.
+        cards: All cards, by their gigabytes.
+    """
+    body = [
+        [NAMES.get(key, key.replace("_", " ")), *(format_bytes(row[key]) for row in rows.values())]
+        for key in ("weights", "gradients", "optimizer_states", "activations", "logits", "peak")
+    ]
+    body.append(["the peak is in the", *(row["phase"] for row in rows.values())])
+    body += [
+        [f"fits on {card} GB", *("yes" if card in row["fits"] else "no" for row in rows.values())] for card in cards
+    ]
+    for card in next(iter(rows.values())).get("largest_batch", ()):
+        body.append([f"largest batch on {card} GB", *(str(row["largest_batch"][card]) for row in rows.values())])
+    return _render(title, ["per GPU", *rows], body, rule_before=NAMES["peak"])
+
+
 def _record(breakdown) -> Mapping[str, int | None]:
     if breakdown is None:
         return {}

@@ -113,7 +113,11 @@ def test_repr_shows_what_is_not_default():
         (lambda: HfCoatConfig.from_dict([]), TypeError, ["HfCoatConfig", "[]", "dict"]),
         (lambda: HfCoatConfig.resolve(3), TypeError, ["coat", "3", "'lean', 'paper'", "path"]),
         (lambda: HfCoatConfig.resolve("leen"), ValueError, ["'leen'", "'lean', 'paper'", "JSON", "no file 'leen'"]),
-        (lambda: HfCoatConfig.resolve("user/recipe"), ValueError, ["'user/recipe'", "no file"]),
+        (
+            lambda: HfCoatConfig.resolve("user/recipe"),
+            OSError,
+            ["user/recipe", "not in the local cache"],
+        ),
         (lambda: HfCoatConfig.resolve("{'model': 1}"), ValueError, ["coat", "not valid JSON", "line 1"]),
         (lambda: HfCoatConfig.resolve('{"model": {"granularity": "row"}}'), ValueError, ["'row'", "'token'"]),
     ],

@@ -1,6 +1,7 @@
 """Predicted bytes equal measured bytes, and both equal what can be counted by hand."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_coat import CoatAdamW, CoatLion, HfCoatConfig, apply_coat
+from hf_coat import CoatAdamW, CoatOptimizerConfig, HfCoatConfig, apply_coat
+from hf_coat.config import OptimizerName
 from hf_coat.memory import MemoryBreakdown, measure, predict
 from hf_coat.modules import CoatLinear
+from hf_coat.optim import OPTIMIZERS, muon_groups
 
 RECIPES = {None: None, "lean": HfCoatConfig.resolve("lean").model, "paper": HfCoatConfig.resolve("paper").model}
 
@@ -58,7 +61,9 @@ def test_prediction_equals_measurement(recipe, dtype, checkpointing):
         model.enable_input_require_grads()  # what reentrant checkpointing needs
     if RECIPES[recipe]:
         apply_coat(model, RECIPES[recipe])
-    assert predict(model, batch(), group_size=32) == measure(model, batch(), stepped(model, group_size=32))
+    assert predict(model, batch(), optimizer=CoatOptimizerConfig(group_size=32)) == measure(
+        model, batch(), stepped(model, group_size=32)
+    )
 
 
 def test_padding_counts_as_the_model_treats_it():
@@ -93,7 +98,7 @@ def test_twin_without_coat():
     expected = measure(plain, batch(), stepped(plain, torch.optim.AdamW))
     model = llama()
     apply_coat(model)
-    assert predict(model, batch(), coat=False, group_size=None) == expected
+    assert predict(model, batch(), coat=False, optimizer=None) == expected
     assert sum(isinstance(module, CoatLinear) for module in model.modules()) == 3 * 7
 
 
@@ -133,7 +138,7 @@ def test_frozen_weights_have_no_gradients_and_no_states():
     model.requires_grad_(False)
     adapter = model.model.layers[1].mlp.up_proj.weight
     adapter.requires_grad_(True)
-    predicted = predict(model, batch(), group_size=None)
+    predicted = predict(model, batch(), optimizer=None)
     assert predicted == measure(model, batch(), stepped(model, torch.optim.AdamW))
     assert predicted.weights > predicted.gradients == adapter.nbytes
     assert predicted.optimizer_states == 2 * adapter.nbytes + 4
@@ -145,20 +150,19 @@ def test_optimizer_states_of_any_shape(shape, dtype):
     model = Net()
     model.p = nn.Parameter(torch.ones(shape, dtype=dtype))
     model.forward = lambda x: CausalLMOutput(loss=(model.p * x).sum())
-    modes = [{"format": format, "weights": weights} for format in StateFormat for weights in Weights]
-    kinds = {CoatAdamW: "adamw", CoatLion: "lion"}
-    cases = [(128, kind, mode) for kind in kinds for mode in modes] + [(None, torch.optim.AdamW, {})]
-    for group_size, kind, mode in cases:
-        optimizer = kind(model.parameters(), **mode)
+    configs = [
+        CoatOptimizerConfig(name=name, format=format, weights=weights)
+        for name, format, weights in itertools.product(OptimizerName, StateFormat, Weights)
+    ]
+    for config in [*configs, None]:
+        kind, parameters = torch.optim.AdamW if config is None else OPTIMIZERS[config.name], model.parameters()
+        if config is not None and config.name is OptimizerName.MUON:
+            parameters = muon_groups(model)
+        optimizer = kind(parameters, **({} if config is None else config.settings))
         model.p.grad = torch.ones_like(model.p)
         optimizer.step()
         held = sum(value.nbytes for value in optimizer.state[model.p].values())
-        assert (
-            predict(
-                model, {"x": torch.ones(1)}, group_size=group_size, optimizer=kinds.get(kind, "adamw"), **mode
-            ).optimizer_states
-            == held
-        )
+        assert predict(model, {"x": torch.ones(1)}, optimizer=config).optimizer_states == held, config
 
 
 def test_prediction_leaves_the_model_alone():

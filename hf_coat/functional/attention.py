@@ -95,7 +95,7 @@ def keep_attention(
         value = value.transpose(1, 2).contiguous().transpose(1, 2)
     out = attend(query, key, value)
     if out._base is not None and out.is_contiguous():  # another view of what the kernel has saved
-        Source(_from_values, (out.detach().flatten(2).flatten(0, 1),)).note_on(out)
+        Source(_from_values, (out.detach().flatten(2).flatten(0, 1),)).note_on(out, out.shape[2:].numel())
     return out
 
 

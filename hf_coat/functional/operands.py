@@ -44,17 +44,23 @@ class Source:
     scale: torch.Tensor | None = None
     demand: Demand | None = None
 
-    def note_on(self, x: torch.Tensor) -> None:
-        """Leave this with ``x``, for as long as it lives unchanged; views of all of ``x`` have it too."""
+    def note_on(self, x: torch.Tensor, width: int | None = None) -> None:
+        """Leave this with ``x``, for as long as it lives unchanged; views of all of its rows have it too.
+
+        Args:
+            x: What the layer made.
+            width: Length of a row, as ``rebuild`` gives it; by default that of ``x``.
+        """
         base = x if x._base is None else x._base
-        base._coat_source = (base._version, x.storage_offset(), x.numel(), self)
+        width = x.shape[-1] if width is None else width
+        base._coat_source = (base._version, x.storage_offset(), x.numel(), width, self)
 
 
 def source_of(x: torch.Tensor) -> Source | None:
     """What :meth:`Source.note_on` left for exactly the values of ``x``."""
     base = x if x._base is None else x._base
-    version, offset, numel, source = getattr(base, "_coat_source", (None,) * 4)
-    same = source is not None and (version, offset, numel) == (base._version, x.storage_offset(), x.numel())
+    *noted, source = getattr(base, "_coat_source", (None,))
+    same = source is not None and noted == [base._version, x.storage_offset(), x.numel(), x.shape[-1]]
     return source if same and x.is_contiguous() else None
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import yaml_dump
 from torch import nn
 from torch.optim import Optimizer
 from transformers import trainer as hf_trainer
@@ -26,11 +28,13 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
+from ..card import TAGS, run_metadata, run_section, with_section
 from ..config import CONFIG_NAME, CoatConfig, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
 from ..families import is_adapted
-from ..optim import CoatAdamW, CoatLion, CoatOptimizer, GradientRelease
+from ..optim import OPTIMIZERS, CoatOptimizer, GradientRelease, muon_groups
 from ..probe import Probe
+from ..record import RUN_NAME, about_model, hardware, read_run, run_record, write_run
 from ..report import format_bytes
 from .checks import check_model, check_release, check_run, loaded_with
 
@@ -161,15 +165,19 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
         )
     if context.model is not None:
         _convert(context.model, coat)
-    settings = {f.name: getattr(coat.optimizer, f.name) for f in fields(coat.optimizer)}
-    del settings["gradient_release"]  # that is the callback's
-    if settings.pop("name") is OptimizerName.LION:  # as transformers' own, with the betas of the arguments
-        return CoatLion, context.optimizer_kwargs | {"betas": context.adam_kwargs["betas"]} | settings
-    return CoatAdamW, context.optimizer_kwargs | context.adam_kwargs | settings
+    name, settings = coat.optimizer.name, context.optimizer_kwargs | context.adam_kwargs | coat.optimizer.settings
+    if name is OptimizerName.LION:  # as transformers' own, with the betas of the arguments
+        del settings["eps"]
+    if name is OptimizerName.MUON and context.model is not None:
+        settings |= {"params": muon_groups(context.model), "weight_decay": context.args.weight_decay}
+    return OPTIMIZERS[name], settings
 
 
 class CoatCallback(TrainerCallback):
     """What COAT does in a Trainer's run: convert the model, report, put ``coat_config.json`` into the checkpoints.
+
+    Beside it stands ``coat_run.json``, the record of the run (see :mod:`hf_coat.record`), and the model's card gets a
+    section and metadata made from it, whenever Trainer writes one.
 
     Every Trainer has one that follows ``args.coat``. Give one explicitly only with arguments that have no ``coat``,
     and then name the optimizer too: ``optimizer_cls_and_kwargs=(CoatAdamW, {"lr": 1e-5})``.
@@ -191,6 +199,7 @@ class CoatCallback(TrainerCallback):
         self.record: dict[str, Any] = {}
         self._release: GradientRelease | None = None
         self.probe: Probe | None = None
+        self.resumed_at: list[int] = []
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -207,6 +216,8 @@ class CoatCallback(TrainerCallback):
             fsdp_version=None if fsdp is None else fsdp.fsdp_version,
         )
         self._convert(model)
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(list(TAGS))
         last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
         missing = [] if last is None else [name for name in RESUME_FILES if name not in os.listdir(last)]
         if RESUME_FILES[-1] in missing:  # the last that is written; save_only_model leaves out others
@@ -235,6 +246,7 @@ class CoatCallback(TrainerCallback):
         self._release_gradients(args, _bare(optimizer))
         if state.global_step > 0:
             self._compare_with_checkpoint(args, state)
+            self.resumed_at = [*_resumed_before(args, state), state.global_step]
 
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
         if self.coat.optimizer is None:
@@ -309,11 +321,11 @@ class CoatCallback(TrainerCallback):
             norm = self._release.gradient_norm().item()
             logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
 
-    def on_save(self, args, state, control, **kwargs):
-        self._write_config(args, args.output_dir, _checkpoint_folder(args, state))
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self._write(args, state, model, optimizer, args.output_dir, _checkpoint_folder(args, state))
 
-    def on_push_begin(self, args, state, control, **kwargs):
-        self._write_config(args, args.output_dir)
+    def on_push_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self._write(args, state, model, optimizer, args.output_dir)
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.coat is None:
@@ -321,22 +333,37 @@ class CoatCallback(TrainerCallback):
         if self._release is not None:
             self._release.remove()
             self._release = None
-        self._write_config(args, args.output_dir)
         optimizer = _bare(optimizer)
-        states = [value for values in optimizer.state.values() for value in values.values()]
-        self.record |= {
-            "weights": sum(p.nbytes for p in model.parameters()),
-            "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
-            "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
-        }
+        self._write(args, state, model, optimizer, args.output_dir)
+        self.record |= _bytes_of(model, optimizer)
         if isinstance(optimizer, CoatOptimizer) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
             logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
 
-    def _write_config(self, args, *folders: str) -> None:
-        if self.coat is not None and args.should_save:
-            for folder in filter(os.path.isdir, folders):  # a hyperparameter search has its checkpoints elsewhere
-                self.coat.save_pretrained(folder)
+    def _write(self, args, state, model: nn.Module, optimizer, *folders: str) -> None:
+        if self.coat is None or not args.should_save:
+            return
+        record = self.run_record(args, state, model, _bare(optimizer))
+        for folder in filter(os.path.isdir, folders):  # a hyperparameter search has its checkpoints elsewhere
+            self.coat.save_pretrained(folder)
+            write_run(record, folder)
+
+    def run_record(self, args, state, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+        """What ``coat_run.json`` holds at this moment; see :mod:`hf_coat.record`."""
+        memory = {} if optimizer is None else _bytes_of(model, optimizer)
+        on_cuda = args.device.type == "cuda"
+        return run_record(
+            coat=self.record["coat"],
+            model=about_model(model),
+            conversion=self.record["conversion"],
+            hardware=hardware(args.device, args.world_size),
+            steps=state.global_step,
+            resumed_at=self.resumed_at,
+            throughput={key: value for key, value in self.record.items() if key.endswith("_per_second")},
+            memory=memory | {"peak": torch.cuda.max_memory_allocated(args.device) if on_cuda else None},
+            skipped_groups=optimizer.skipped_groups() if isinstance(optimizer, CoatOptimizer) else 0,
+            log=state.log_history,
+        )
 
 
 class _FollowsArguments(CoatCallback):
@@ -344,7 +371,8 @@ class _FollowsArguments(CoatCallback):
     put adapters on a model that was loaded with a ``CoatConfig``."""
 
     def __init__(self):
-        self.coat, self.report, self.record, self._release, self.probe = None, None, {}, None, None
+        self.coat, self.report, self.record, self.resumed_at = None, None, {}, []
+        self._release, self.probe = None, None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -354,6 +382,58 @@ class _FollowsArguments(CoatCallback):
             # PEFT put its adapters around linears that from_pretrained had converted: they belong to the conversion.
             report = apply_coat(model, loaded_with(model))
             logger.warning(f"COAT: {report.summary()}")
+
+
+def _bytes_of(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    states = [value for values in optimizer.state.values() for value in values.values()]
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
+        "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
+    }
+
+
+def _resumed_before(args, state) -> list[int]:
+    """The steps at which the run that is resumed had been resumed before."""
+    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
+        if os.path.isfile(os.path.join(str(folder), RUN_NAME)):
+            return list(read_run(str(folder))["resumed_at"])
+    return []
+
+
+def keep_section(trainer_class: type) -> None:
+    """Let the card that trainers of this class write tell of COAT; a run without COAT has the card that it had.
+
+    Trainer writes its card anew each time, and no event follows.
+    """
+    write_card = trainer_class.create_model_card
+    if hasattr(write_card, "__wrapped__") and write_card.__wrapped__.__name__ == "create_model_card":
+        return
+
+    @functools.wraps(write_card)
+    def create_model_card(self, *args, **kwargs):
+        write_card(self, *args, **kwargs)
+        callback = next((c for c in self.callback_handler.callbacks if isinstance(c, CoatCallback) and c.coat), None)
+        file = os.path.join(self.args.output_dir, "README.md")
+        if callback is not None and self.is_world_process_zero() and os.path.isfile(file):
+            model = self.accelerator.unwrap_model(self.model)
+            record = callback.run_record(self.args, self.state, model, self.optimizer and _bare(self.optimizer))
+            _add_section(file, record)
+
+    trainer_class.create_model_card = create_model_card
+
+
+def _add_section(file: str, record: dict[str, Any]) -> None:
+    card = ModelCard.load(file)
+    data = card.data.to_dict()
+    ours = run_metadata(record, data.get("model_name") or os.path.basename(os.path.dirname(os.path.abspath(file))))
+    tags = data.get("tags") or []
+    data["tags"] = [*tags, *(tag for tag in ours["tags"] if tag not in tags)]
+    if not any(entry.get("results") for entry in data.get("model-index") or ()) and "model-index" in ours:
+        data["model-index"] = ours["model-index"]
+    header = yaml_dump(data, sort_keys=False)
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(f"---\n{header}---\n{with_section(card.text, run_section(record))}")
 
 
 def _bare(optimizer) -> Optimizer:
@@ -400,3 +480,4 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 trainer_optimizer._OPTIMIZER_HANDLERS[COAT_ADAMW] = _make_coat_adamw
 if not any(callback.__name__ == _FollowsArguments.__name__ for callback in hf_trainer.DEFAULT_CALLBACKS):
     hf_trainer.DEFAULT_CALLBACKS.append(_FollowsArguments)
+keep_section(hf_trainer.Trainer)

@@ -308,11 +308,13 @@ class _FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target):
         needs = ctx.needs_input_grad[:3]
         ctx.empty = not len(target)
-        if ctx.empty or isinstance(hidden, FakeTensor):  # a fake one tells what is kept; pieces are gone by then
+        if ctx.empty or isinstance(hidden, FakeTensor):
             loss = hidden.new_zeros((), dtype=torch.float32)
+            sums = _held_meanwhile(hidden, weight, needs) if len(target) else None  # noqa: F841
             gradients = [
                 torch.zeros_like(t) if need else None for t, need in zip((hidden, weight, bias), needs, strict=True)
             ]
+            del sums
         else:
             with _without_autocast(hidden.device):
                 operands = [t if t is None else t.detach() for t in (hidden, weight, bias)]
@@ -334,6 +336,15 @@ class _FusedLoss(torch.autograd.Function):
 def _without_autocast(device: torch.device):
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _held_meanwhile(hidden, weight, needs) -> torch.Tensor | None:
+    """For :mod:`hf_coat.peak`: makes and drops the logits of a piece, and returns the weight's gradient in FP32."""
+    pieces = _pieces(*hidden.shape, len(weight))
+    several = needs[1] and pieces > 1 and weight.dtype != torch.float32
+    sums = torch.zeros_like(weight, dtype=torch.float32) if several else None
+    hidden.new_empty(-(-len(hidden) // pieces), len(weight))
+    return sums
 
 
 # --- the libraries ---

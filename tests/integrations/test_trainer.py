@@ -383,7 +383,7 @@ def killed_runs(tmp_path_factory, tools):
 def test_save_kill_resume_equals_the_straight_run(make, tools, tmp_path, killed_runs, dtype):
     folder = tmp_path / "killed"
     shutil.copytree(killed_runs[dtype], folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "coat_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "coat_config.json", "coat_run.json"]
     straight = make(model=tools.tiny_llama(DTYPES[dtype]), output_dir=tmp_path / "straight", **RESUMABLE)
     straight.train()
     again = resumed(make, tools, folder, DTYPES[dtype])

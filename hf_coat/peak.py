@@ -1,0 +1,235 @@
+"""The high-water mark of a training step, found by running the step on tensors that have no memory.
+
+:func:`estimate_step` runs what a Trainer does in a step (forward, backward, clipping, the optimizer) on a copy of the
+model's structure whose tensors are fake, and watches each storage come and go. So every term of
+
+    peak = weights + gradients + optimizer states + activations + working set
+
+is what the modules, autograd and the optimizer really hold at that moment: gradients appear while activations go, the
+working set is the logits and their gradient, or a layer's operands in the backward, or what an optimizer makes in its
+step. What kernels take inside an operation (a workspace, the sums of an attention's backward) is not seen;
+:data:`WORKSPACE` stands for that of the matrix products.
+
+Sharded over N GPUs (FSDP2, each decoder layer a unit, batches of its own) a GPU holds 1/N of weights, gradients and
+states, and beside them whole: the weights of the unit that runs, of the next one, which is fetched meanwhile, and the
+gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts.
+"""
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .memory import MemoryBreakdown, distinct_bytes, fake_twin, tensors_of
+
+ALIGNMENT = 512  # the CUDA allocator rounds every request up to a multiple of this
+WORKSPACE = 2 * 32 * 2**20  # of cuBLAS on Hopper: 32 MiB for the forward's thread and as much for the backward's
+# What a card has to hold beside the allocator's peak: the CUDA context with its kernels, and what the allocator
+# cannot use because it is in pieces. Planning margins, on the safe side; no measurement.
+CONTEXT = 2**30
+FRAGMENTATION = 0.03
+# What CUDA reports of a card's memory, in GiB, by its label in GB.
+CARDS = {24: 23.6, 40: 39.4, 48: 44.4, 80: 79.1, 141: 139.8}
+SHARDED = ("weights", "gradients", "optimizer_states")
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """Bytes of a training step on each GPU, predicted.
+
+    Args:
+        weights, gradients, optimizer_states: What the whole step holds, or the gradients at the step's end.
+        activations: What autograd holds between forward and backward.
+        logits: The most that tensors of the logits' size take at once; they are among the activations too.
+        peak: What ``torch.cuda.max_memory_allocated`` is expected to say.
+        phase: Where the peak is: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        at_peak: The peak by class; ``working set`` is what belongs to none.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_states: int
+    activations: int
+    logits: int
+    peak: int
+    phase: str
+    at_peak: dict[str, int]
+
+    def breakdown(self) -> MemoryBreakdown:
+        return MemoryBreakdown(self.weights, self.gradients, self.optimizer_states, self.activations, self.peak)
+
+    def needed(self) -> int:
+        """Bytes that a card must have."""
+        return int(self.peak * (1 + FRAGMENTATION)) + CONTEXT
+
+    def fits(self, card: int) -> bool:
+        """Whether a card of :data:`CARDS` holds it."""
+        return self.needed() <= CARDS[card] * 2**30
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of live storages by class, and remembers when they were most."""
+
+    def __init__(self, gpus: int, logits_width: int | None):
+        super().__init__()
+        self.gpus, self.logits_width = gpus, logits_width
+        self.known: dict[int, tuple[weakref.ref, int, str]] = {}
+        self.now, self.at_peak, self.phase, self.peak_phase = Counter(), Counter(), "", ""
+        self.logits = self.most_logits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.see(value)
+        return result
+
+    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+        """Count the storage under ``tensor``, or, where ``kind`` is given, count it as that from now on."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        found = self.known.get(key)
+        if found is not None and found[0]() is storage:
+            if kind is not None and kind != found[2]:
+                self._forget(key)
+                self._count(key, storage, kind, tensor)
+            return
+        self._count(key, storage, kind or "working set", tensor)
+        if sum(self.now.values()) > sum(self.at_peak.values()):
+            self.at_peak, self.peak_phase = self.now.copy(), self.phase
+
+    def _count(self, key: int, storage: torch.UntypedStorage, kind: str, tensor: torch.Tensor) -> None:
+        size = -(-storage.nbytes() // (self.gpus if kind in SHARDED else 1))
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        self.known[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
+        self.now[kind] += size
+        if self.logits_width is not None and kind == "working set" and tensor.dim() > 1:
+            if tensor.shape[-1] == self.logits_width and tensor.is_floating_point():
+                self.logits += size
+                self.most_logits = max(self.most_logits, self.logits)
+                weakref.finalize(storage, self._logits_gone, size)
+
+    def _logits_gone(self, size: int) -> None:
+        self.logits -= size
+
+    def _forget(self, key: int) -> None:
+        _, size, kind = self.known.pop(key)
+        self.now[kind] -= size
+
+
+class _AutocastOfCuda(TorchFunctionMode):
+    """The fake tensors are on the CPU, whose autocast leaves to a layer norm the dtype that CUDA's turns into FP32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.layer_norm, F.group_norm) and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def estimate_step(
+    model: nn.Module,
+    batch: Mapping[str, object] | tuple[int, int],
+    make_optimizer: Callable[[nn.Module], Optimizer],
+    *,
+    gpus: int = 1,
+    units: tuple[str, ...] = (),
+    autocast: torch.dtype | None = None,
+    accumulate: bool = False,
+    max_grad_norm: float = 1.0,
+) -> StepEstimate:
+    """Predict the memory of a training step as the stock Trainer makes it.
+
+    Args:
+        model: Converted or not, with adapters or not, on any device, the meta device included.
+        batch: As in :func:`hf_coat.memory.predict`.
+        make_optimizer: Makes the optimizer of the model it is given.
+        gpus: Over how many GPUs FSDP2 shards it; ``batch`` is that of one of them.
+        units: Class names of the modules that FSDP2 shards one by one.
+        autocast: Dtype of the autocast that the training runs in, if any.
+        accumulate: Whether gradients of earlier microbatches are there already.
+        max_grad_norm: As in ``TrainingArguments``; 0 clips nothing.
+
+    Raises:
+        RuntimeError: As :func:`hf_coat.memory.predict`.
+        ValueError: For a model that gives no loss for this batch.
+    """
+    with fake_twin(model, batch) as (model, batch), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # it tells them apart
+        model.train()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(model)
+        _take_a_step(trainable, optimizer)  # states are made in the first one
+        width = getattr(getattr(model.config, "get_text_config", lambda: model.config)(), "vocab_size", None)
+        watch = _Watch(gpus, width)
+        for kind, tensors in (("weights", tensors_of(model)), ("optimizer_states", _states(optimizer))):
+            for tensor in tensors:
+                watch.see(tensor, kind)
+        batch_tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: watch.see(p.grad, "gradients")) for p in trainable]
+        if accumulate:
+            for p in trainable:
+                p.grad = torch.zeros_like(p)
+                watch.see(p.grad, "gradients")
+        context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
+        with watch:
+            watch.phase = "forward"
+            with context, _AutocastOfCuda():
+                loss = _loss(model, batch)
+            activations = watch.now["working set"]
+            watch.phase = "backward"
+            loss.backward()
+            del loss
+            watch.phase = "optimizer"
+            if max_grad_norm:
+                nn.utils.clip_grad_norm_(trainable, max_grad_norm)
+            optimizer.step()
+        for hook in hooks:
+            hook.remove()
+        weights, states, gradients = (watch.now[kind] for kind in ("weights", "optimizer_states", "gradients"))
+        at_peak = dict(watch.at_peak)
+        at_peak["working set"] = at_peak.get("working set", 0)
+        if gpus > 1:
+            at_peak["whole units"] = _whole_units(model, units)
+        at_peak["workspace"] = WORKSPACE
+        at_peak["batch"] = distinct_bytes(batch_tensors)
+    return StepEstimate(
+        weights, gradients, states, activations, watch.most_logits, sum(at_peak.values()), watch.peak_phase, at_peak
+    )
+
+
+def _loss(model: nn.Module, batch: Mapping[str, object]) -> torch.Tensor:
+    loss = getattr(model(**batch), "loss", None)  # the output goes here, as in Trainer, and its logits with it
+    if loss is None:
+        raise ValueError(f"{type(model).__name__} gave no loss for a batch of {sorted(batch)}: put labels into it")
+    return loss
+
+
+def _take_a_step(trainable: list[nn.Parameter], optimizer: Optimizer) -> None:
+    for p in trainable:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _states(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+
+
+def _whole_units(model: nn.Module, units: tuple[str, ...]) -> int:
+    """What a GPU holds unsharded: two units' weights and one unit's gradients; the root is a unit of its own."""
+    wrapped = [module for module in model.modules() if type(module).__name__ in units]
+    inside = {id(p) for module in wrapped for p in module.parameters()}
+    groups = [list(module.parameters()) for module in wrapped]
+    groups.append([p for p in model.parameters() if id(p) not in inside])
+    weights = sorted((distinct_bytes(group) for group in groups), reverse=True)
+    return sum(weights[:2]) + max(distinct_bytes([p for p in group if p.requires_grad]) for group in groups)

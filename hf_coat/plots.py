@@ -1,0 +1,159 @@
+"""The page of a run, or of two side by side: plots of their records as PNG files and one self-contained HTML page.
+
+Pure: records (see :mod:`hf_coat.record`) in, files out. matplotlib draws: ``pip install 'hf-coat[plot]'``.
+"""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .card import run_section
+from .report import NAMES
+
+Records = Mapping[str, Mapping[str, Any]]  # by the name of a run
+MOST_POINTS = 1000  # of a curve: more than there are pixels
+COLOURS = ("#1f77b4", "#d95f02", "#4d9221", "#762a83")
+MEMORY = ("weights", "optimizer_states")
+
+
+def write_page(records: Records, folder: str | os.PathLike) -> list[Path]:
+    """Draw the runs; return the files written: ``report.html`` and a PNG for each plot that there are figures for.
+
+    Raises:
+        ImportError: Without matplotlib, with the remedy.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files, pictures = [], []
+    for name, draw in (("loss", _loss), ("memory", _memory)):
+        figure = draw(records)
+        if figure is None:
+            continue
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        files.append(folder / f"{name}.png")
+        files[-1].write_bytes(picture.getvalue())
+        pictures.append((name, base64.b64encode(picture.getvalue()).decode()))
+    files.append(folder / "report.html")
+    files[-1].write_text(_page(records, pictures), encoding="utf-8")
+    return files
+
+
+def curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a logged figure, without those that are not finite; a long one as means of equal pieces."""
+    points = [(row["step"], float(row[key])) for row in log if row.get(key) is not None and "step" in row]
+    size = -(-len(points) // MOST_POINTS)
+    pieces = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
+    return [piece[-1][0] for piece in pieces], [sum(v for _, v in piece) / len(piece) for piece in pieces]
+
+
+def _figure(height: float = 3.6):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hf-coat[plot]'") from error
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if legend:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _line(axes, steps: list[float], values: list[float], **how) -> None:
+    marker = "s" if how["linestyle"] == "--" else "o"
+    axes.plot(steps, values, marker=marker if len(steps) < 20 else None, markersize=4, linewidth=1.4, **how)
+
+
+def _loss(records: Records):
+    figure, axes = _figure()
+    drawn = False
+    for (name, record), colour in zip(records.items(), COLOURS, strict=False):
+        for key, style in (("loss", "-"), ("eval_loss", "--")):
+            steps, values = curve(record["log"], key)
+            if steps:
+                what = "training" if key == "loss" else "evaluation"
+                _line(axes, steps, values, color=colour, linestyle=style, label=f"{name}, {what}")
+                drawn = True
+    if not drawn:
+        return None
+    _finish(axes, "Loss", "optimizer step", "loss (nats per token)")
+    _whole_steps(axes)
+    return figure
+
+
+def _memory(records: Records):
+    """What is known, one bar above the other; the allocator's peak as a line across the bar."""
+    figure, axes = _figure(1.6 + 0.7 * len(records))
+    unit, scale = ("GiB", 2**30) if _largest(records) >= 2**30 else ("MiB", 2**20)
+    shown = set()
+    for row, record in enumerate(records.values()):
+        left = 0.0
+        for kind, colour in zip(MEMORY, COLOURS, strict=False):
+            size = record["memory"].get(kind)
+            if size:
+                label = NAMES.get(kind, kind.replace("_", " ")) if kind not in shown else None
+                axes.barh(row, size / scale, left=left, height=0.5, color=colour, label=label)
+                shown.add(kind)
+                left += size / scale
+        peak = record["memory"].get("peak")
+        if peak:
+            label = None if "peak" in shown else NAMES["peak"]
+            axes.vlines(peak / scale, row - 0.35, row + 0.35, color="black", linewidth=2, label=label)
+            shown.add("peak")
+    if not shown:
+        return None
+    axes.set_yticks(range(len(records)), list(records))
+    axes.invert_yaxis()
+    _finish(axes, "Memory, measured", unit, "", legend=False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _largest(records: Records) -> int:
+    return max((size or 0 for record in records.values() for size in record["memory"].values()), default=0)
+
+
+def _whole_steps(axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def _page(records: Records, pictures: Sequence[tuple[str, str]]) -> str:
+    images = "\n".join(f'<img alt="{name}" src="data:image/png;base64,{data}">' for name, data in pictures)
+    tables = "\n".join(f"<div><h2>{html.escape(name)}</h2>{_facts(record)}</div>" for name, record in records.items())
+    title = html.escape(" and ".join(records))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>hf-coat report: {title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }}
+img {{ max-width: 100%; display: block; margin: 1em 0 }}
+.runs {{ display: flex; gap: 2em; flex-wrap: wrap }} .runs > div {{ flex: 1; min-width: 20em }}
+td {{ padding: 0 1em 0 0; vertical-align: top; overflow-wrap: anywhere }} h1, h2 {{ font-weight: 600 }}
+</style></head><body>
+<h1>hf-coat report</h1>
+{images}
+<div class="runs">
+{tables}
+</div></body></html>
+"""
+
+
+def _facts(record: Mapping[str, Any]) -> str:
+    """The rows of the card's table."""
+    lines = [line.strip("| ").split(" | ", 1) for line in run_section(record).splitlines() if line.startswith("| ")]
+    rows = [row for row in lines if len(row) == 2 and row[0]]
+    cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"
