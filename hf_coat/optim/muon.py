@@ -187,6 +187,8 @@ class CoatMuon(CoatAdamW):
         codes, stored_scale = local(state["momentum_codes"]), local(state["momentum_scale"])
         size, rest = group["group_size"], 1 - group["momentum"]
         state["step"] += 1
+        if param.numel() == 0:
+            return
         g = local_gradient(param).float()
         m = dequantize(codes.view(E4M3), stored_scale, group_size=size, dtype=torch.float32).lerp_(g, rest)
         u = placed_as(param, g.lerp(m, group["momentum"]) if group["nesterov"] else m, param.shape)
