@@ -207,7 +207,7 @@ def quantize_weights(
         return _stored_codes(weights), scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
     found = None if cache is None else cache.find(weights)
     if found is None:
-        dither = granularity == Granularity.TOKEN and power_of_two
+        dither = granularity == Granularity.TOKEN and power_of_two and any(w.requires_grad for w in weights)
         codes, _, scale = quantize(_one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, dither=dither)
         found = codes, scale
         if cache is not None:

@@ -18,17 +18,18 @@ from .states import (
     group_shape,
     read_weights,
     round_weights,
+    slabs,
     spread,
     weight_key,
 )
 
 
-def commit(param, new, residual, key, weights, states, encoded, skipped, group_size):
+def commit(param, new, residual, key, first, weights, states, encoded, skipped, group_size):
     """Write new float32 weights and freshly encoded moments, but for the groups that are not finite: count those."""
     broken = ~torch.stack([scale.isfinite() for _, scale, _ in encoded]).all(dim=0)
     skipped += broken.sum()
     broken_values = spread(broken, param.shape, group_size)
-    rounded, low = round_weights(new, param.dtype, weights, key)
+    rounded, low = round_weights(new, param.dtype, weights, key, first)
     pairs = [(param, rounded)] if low is None else [(param, rounded), (residual, low)]
     for state, fresh in zip(states, encoded, strict=True):
         pairs += [(old, tensor) for old, tensor in zip(state, fresh, strict=True) if tensor is not None]
@@ -50,17 +51,18 @@ def adamw_step_ref(
     second = per_parameter(params, exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions)
     for i, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         residual = residuals[i] if weights is Weights.MASTER and param.dtype == torch.bfloat16 else None
-        states, g = [first[i], second[i]], grad.float()
-        m, v = decode_moments(states, group_size, format)
-        m = m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v = v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         correction1, correction2 = 1 - beta1 ** step.item(), 1 - beta2 ** step.item()
-        denominator = v.sqrt().div_(correction2**0.5).add_(eps)
-        new = read_weights(param, residual) * (1 - lr * weight_decay)
-        new.addcdiv_(m, denominator, value=-lr / correction1)
-        encoded = encode_moments([m, v], group_size, format)
         key = weight_key(seed, numbers[i], step)
-        commit(param, new, residual, key, weights, states, encoded, skipped, group_size)
+        for begin, p, g, low, *both in slabs(param, grad, residual, *first[i], *second[i]):
+            states, g = [tuple(both[:3]), tuple(both[3:])], g.float()
+            m, v = decode_moments(states, group_size, format)
+            m = m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v = v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            denominator = v.sqrt().div_(correction2**0.5).add_(eps)
+            new = read_weights(p, low) * (1 - lr * weight_decay)
+            new.addcdiv_(m, denominator, value=-lr / correction1)
+            encoded = encode_moments([m, v], group_size, format)
+            commit(p, new, low, key, begin, weights, states, encoded, skipped, group_size)
 
 
 _adamw_step = register(

@@ -8,7 +8,7 @@ import torch
 
 from ._registry import register
 from .adamw import check_step, commit, per_parameter
-from .states import StateFormat, Weights, decode_moments, encode_moments, read_weights, weight_key
+from .states import StateFormat, Weights, decode_moments, encode_moments, read_weights, slabs, weight_key
 
 
 def lion_step_ref(
@@ -19,14 +19,15 @@ def lion_step_ref(
     states = per_parameter(params, exp_avgs, exp_avg_scales, exp_avg_expansions)
     for i, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         residual = residuals[i] if weights is Weights.MASTER and param.dtype == torch.bfloat16 else None
-        g = grad.float()
-        (m,) = decode_moments([states[i]], group_size, format)
-        direction = (beta1 * m).add_(g, alpha=1 - beta1).sign_()
-        new = (read_weights(param, residual) * (1 - lr * weight_decay)).sub_(direction, alpha=lr)
-        m = m.mul_(beta2).add_(g, alpha=1 - beta2)
-        encoded = encode_moments([m], group_size, format)
         key = weight_key(seed, numbers[i], step)
-        commit(param, new, residual, key, weights, [states[i]], encoded, skipped, group_size)
+        for begin, p, g, low, *state in slabs(param, grad, residual, *states[i]):
+            g = g.float()
+            (m,) = decode_moments([state], group_size, format)
+            direction = (beta1 * m).add_(g, alpha=1 - beta1).sign_()
+            new = (read_weights(p, low) * (1 - lr * weight_decay)).sub_(direction, alpha=lr)
+            m = m.mul_(beta2).add_(g, alpha=1 - beta2)
+            encoded = encode_moments([m], group_size, format)
+            commit(p, new, low, key, begin, weights, [state], encoded, skipped, group_size)
 
 
 _lion_step = register(

@@ -46,6 +46,7 @@ parameter is overwritten from outside, the old byte moves the new value by half 
 """
 
 import enum
+from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import hardshrink, pad, threshold
@@ -64,6 +65,7 @@ LOG2_CODES = (_CODE_VALUES.abs() / LARGEST).log2().float()  # log2(|q| / 448), -
 NO_EXPANSION = 16  # k = 1
 MAX_GROUP_SIZE = 1024
 MIN_EPS = 1e-15
+SLAB = 1 << 16  # values of a parameter that the references step at a time
 
 
 class StateFormat(str, enum.Enum):
@@ -252,6 +254,21 @@ def decode_moments(encoded: list[Encoded], group_size: int, format: StateFormat)
     return [_from_groups(x, shape) for x in moments]
 
 
+def slabs(param: torch.Tensor, *others: torch.Tensor | None) -> Iterator[tuple]:
+    """A parameter, and what has as many rows, in pieces of whole rows that a CPU's cache holds with their temporaries.
+
+    Yields:
+        The index of the first value in ``param``, then the pieces; what is None stays None.
+    """
+    if param.dim() < 2 or param.numel() <= SLAB:
+        yield 0, param, *others
+        return
+    row = param.numel() // param.shape[0]
+    for i in range(0, param.shape[0], max(1, SLAB // row)):
+        rows = slice(i, i + max(1, SLAB // row))
+        yield i * row, *(t if t is None else t[rows] for t in (param, *others))
+
+
 # --- weights
 
 
@@ -269,14 +286,21 @@ def weight_key(seed: int, parameter: int, step: torch.Tensor) -> torch.Tensor:
 def hashed(index: torch.Tensor | int, key: torch.Tensor | int) -> torch.Tensor | int:
     """32 bits of chance, as integers below 2**32, for each int64 ``index`` under a key (murmur3's finalizer)."""
     x = (index * 0x9E3779B1 + (index >> 32) * 0x85EBCA77 + key) & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # in place, where it is a tensor
+        x ^= x >> shift
+        x *= factor
+        x &= 0xFFFFFFFF
+    x ^= x >> 16
+    return x
 
 
-def round_stochastically(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Float32 ``x`` as BF16: up with a probability of the distance to the lower neighbour over that between both."""
-    chance = hashed(torch.arange(x.numel(), device=x.device), key.to(x.device)).view(x.shape) >> 16
+def round_stochastically(x: torch.Tensor, key: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Float32 ``x`` as BF16: up with a probability of the distance to the lower neighbour over that between both.
+
+    ``first`` is the index of its first value in the whole of the parameter.
+    """
+    index = torch.arange(first, first + x.numel(), device=x.device)
+    chance = hashed(index, key.to(x.device)).view(x.shape) >> 16
     bits = x.contiguous().view(torch.int32) + chance.int()
     return (bits & -65536).view(torch.float32).bfloat16()
 
@@ -303,9 +327,10 @@ def read_weights(param: torch.Tensor, residual: torch.Tensor | None) -> torch.Te
 
 
 def round_weights(
-    new: torch.Tensor, dtype: torch.dtype, weights: Weights, key: torch.Tensor
+    new: torch.Tensor, dtype: torch.dtype, weights: Weights, key: torch.Tensor, first: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """New float32 weights as a parameter of ``dtype`` keeps them, and the residual if that has one."""
+    """New float32 weights as a parameter of ``dtype`` keeps them, from index ``first`` on, and the residual if that
+    has one."""
     if dtype == torch.float32 or weights is Weights.NEAREST:
         return new.to(dtype), None
-    return split_master(new) if weights is Weights.MASTER else (round_stochastically(new, key), None)
+    return split_master(new) if weights is Weights.MASTER else (round_stochastically(new, key, first), None)

@@ -72,7 +72,8 @@ def test_parity(format, weights, device, monkeypatch):
         monkeypatch.setattr(states_triton, "MOST_GROUPS", 16384)
     runs = []
     for step, where in ((lion_step_ref, "cpu"), (triton.lion_step, device)):
-        params = [p.to(where) for p in parameters(torch.bfloat16) + parameters(torch.float32) if p.dim() != 1]
+        params = parameters(torch.bfloat16, where) + parameters(torch.float32, where)
+        params = [p for p in params if p.dim() != 1]
         optimizer = CoatLion(params, lr=0.01, weight_decay=0.1, format=format, weights=weights)
         for t in range(2):
             set_gradients(params, t)
