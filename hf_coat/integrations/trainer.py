@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 from transformers.trainer_callback import TrainerCallback
@@ -33,6 +34,7 @@ from ..config import CONFIG_NAME, CoatConfig, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
 from ..families import is_adapted
 from ..optim import OPTIMIZERS, CoatOptimizer, GradientRelease, muon_groups
+from ..pays import hidden_size, in_words, measured, speedup
 from ..probe import Probe
 from ..record import RUN_NAME, about_model, hardware, read_run, run_record, write_run
 from ..report import format_bytes
@@ -190,16 +192,21 @@ class CoatCallback(TrainerCallback):
         report: What happened to the model; None before, and where the recipe has no model half.
         record: The run as plain values: ``coat``, ``conversion``; the rates that Trainer logs, by their names there;
             for a vision-language model what the ``probe`` of the first steps found, by step, region and modality;
+            ``speedup``, where this GPU was measured, what :func:`hf_coat.pays.speedup` says of the first batch;
             at the end the bytes of ``weights``, ``optimizer_states``, and ``adamw_states``: what AdamW's would be.
     """
 
     def __init__(self, coat: HfCoatConfig | dict | str):
-        self.coat: HfCoatConfig | None = HfCoatConfig.resolve(coat)
+        self._start(HfCoatConfig.resolve(coat))
+
+    def _start(self, coat: HfCoatConfig | None) -> None:
+        self.coat = coat
         self.report: ConversionReport | None = None
         self.record: dict[str, Any] = {}
-        self._release: GradientRelease | None = None
-        self.probe: Probe | None = None
         self.resumed_at: list[int] = []
+        self.probe: Probe | None = None
+        self._release: GradientRelease | None = None
+        self._first_batch: RemovableHandle | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -244,6 +251,7 @@ class CoatCallback(TrainerCallback):
             logger.warning(f"COAT: {self.report.summary()}")
         self._check_optimizer(_bare(optimizer), state.global_step)
         self._release_gradients(args, _bare(optimizer))
+        self._expect_speedup(args, model, state.is_world_process_zero)
         if state.global_step > 0:
             self._compare_with_checkpoint(args, state)
             self.resumed_at = [*_resumed_before(args, state), state.global_step]
@@ -270,6 +278,26 @@ class CoatCallback(TrainerCallback):
         if self.coat.optimizer is not None and self.coat.optimizer.gradient_release:
             if isinstance(optimizer, CoatOptimizer):
                 self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
+
+    def _expect_speedup(self, args, model: nn.Module, told: bool) -> None:
+        """When the first batch comes, note what FP8 gains at its size, and warn if that is nothing."""
+        if self._first_batch is not None:  # auto_find_batch_size begins a second time
+            self._first_batch.remove()
+        gpu = hardware(args.device, args.world_size)["device"]
+        of_measured = gpu == measured().gpu and not args.torch_compile and not is_adapted(model)
+        if self.report is None or not of_measured:
+            return
+
+        def look(model: nn.Module, positional: tuple, inputs: dict[str, Any]) -> None:
+            self._first_batch.remove()
+            ids = inputs.get("input_ids")
+            found = None if ids is None else speedup(hidden_size(getattr(model, "config", None)), ids.numel(), gpu)
+            if found is not None:
+                self.record["speedup"] = found
+                if told and found["factor"] < 1:
+                    logger.warning(f"COAT: {in_words(found)}")
+
+        self._first_batch = model.register_forward_pre_hook(look, with_kwargs=True)
 
     def _compare_with_checkpoint(self, args, state) -> None:
         """Say in what the recipe differs from the one that the checkpoint was made with."""
@@ -360,6 +388,7 @@ class CoatCallback(TrainerCallback):
             steps=state.global_step,
             resumed_at=self.resumed_at,
             throughput={key: value for key, value in self.record.items() if key.endswith("_per_second")},
+            speedup=self.record.get("speedup"),
             memory=memory | {"peak": torch.cuda.max_memory_allocated(args.device) if on_cuda else None},
             skipped_groups=optimizer.skipped_groups() if isinstance(optimizer, CoatOptimizer) else 0,
             log=state.log_history,
@@ -371,8 +400,7 @@ class _FollowsArguments(CoatCallback):
     put adapters on a model that was loaded with a ``CoatConfig``."""
 
     def __init__(self):
-        self.coat, self.report, self.record, self.resumed_at = None, None, {}, []
-        self._release, self.probe = None, None
+        self._start(None)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
