@@ -32,8 +32,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from .config import AUTO_POLICY, CoatConfig, Keep, Region
-from .families import head_prefixes, output_embeddings
-from .modules import is_attention
+from .families import head_prefixes
+from .modules import heads, is_attention
 
 # Region (None: a model without regions) -> kind of module -> policy. Kinds that are not named are lean.
 AUTO = {
@@ -103,7 +103,6 @@ def find_regions(model: nn.Module) -> dict[str, Region]:
     if top is None or text_config(top[1]) is None:
         return {}
     text = text_config(top[1])
-    heads = {id(head) for head in map(output_embeddings, model.modules()) if head is not None}
     beside = list(head_prefixes(model))
     roots: dict[str, Region] = {}
 
@@ -126,7 +125,7 @@ def find_regions(model: nn.Module) -> dict[str, Region]:
                 roots[path] = Region.HEAD if is_head else Region.PROJECTOR
 
     visit(*top)
-    roots.update({name: Region.HEAD for name, module in model.named_modules() if id(module) in heads})
+    roots.update({name: Region.HEAD for name, _, _ in heads(model)})
     return roots
 
 
