@@ -5,8 +5,8 @@ Version 1 of the record:
     schema_version   1
     coat             the recipe, ``HfCoatConfig.to_dict()``
     model            ``class``, ``parameters`` and of those ``trainable``, ``dtypes`` (parameters by dtype)
-    conversion       ``ConversionReport.to_dict()``: converted, kept, uncovered, unmatched; null if only the optimizer
-                     is COAT's
+    conversion       ``ConversionReport.to_dict()``: converted, kept, uncovered, unmatched, regions; null if only the
+                     optimizer is COAT's
     versions         hf_coat, torch, triton, transformers, peft, trl; null for what is not installed
     hardware         ``device`` (the GPU's name or "cpu"), ``memory_bytes`` of one GPU or null, ``processes``
     steps            optimizer steps done so far

@@ -6,7 +6,7 @@ there, and :func:`hf_coat.peak.estimate_step` runs a step of it.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ def largest_batch(training: Training, card: int, known: dict[int, StepEstimate])
     low, high, guess = 0, None, training.batch
     while high is None or high - low > 1:
         if guess not in known:
-            known[guess] = estimate(_with(training, batch=guess))
+            known[guess] = estimate(replace(training, batch=guess))
         if known[guess].fits(card):
             low = guess
         else:
@@ -107,10 +107,6 @@ def largest_batch(training: Training, card: int, known: dict[int, StepEstimate])
         guess = min(max(int(reach), low + 1), 2 * max(low, b) if high is None else high - 1)
         guess = max(guess, 1)
     return low
-
-
-def _with(training: Training, **changes) -> Training:
-    return Training(**(vars(training) | changes))
 
 
 def _config(training: Training) -> PreTrainedConfig:

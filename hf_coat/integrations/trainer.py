@@ -55,12 +55,12 @@ class CoatArgumentsMixin:
 
     Args:
         coat: The recipe, or what :meth:`hf_coat.HfCoatConfig.resolve` makes one of: one half of it, a dict, a preset's
-            name, JSON, a path. None trains without COAT.
+            name, JSON, a path, a name on the Hub. None trains without COAT.
     """
 
     coat: dict | str | None = field(
         default=None,
-        metadata={"help": "Train with COAT: a preset ('lean', 'paper'), the path of a coat_config.json, or JSON."},
+        metadata={"help": "Train with COAT: a preset ('lean', 'paper'), JSON, a path, or a name on the Hub."},
     )
 
     def __post_init__(self):
@@ -194,6 +194,8 @@ class CoatCallback(TrainerCallback):
             for a vision-language model what the ``probe`` of the first steps found, by step, region and modality;
             ``speedup``, where this GPU was measured, what :func:`hf_coat.pays.speedup` says of the first batch;
             at the end the bytes of ``weights``, ``optimizer_states``, and ``adamw_states``: what AdamW's would be.
+        probe: What watches the step that is being taken; None outside of the first steps.
+        resumed_at: The steps at which the run was resumed.
     """
 
     def __init__(self, coat: HfCoatConfig | dict | str):
@@ -243,7 +245,7 @@ class CoatCallback(TrainerCallback):
         if self.coat is None:
             return
         if state.global_step > 0:  # what the run that is resumed had found
-            _, then = _checkpoint_recipe(args, state)
+            file, then = _checkpoint_recipe(args, state)
             if then is not None:
                 self._promote((then.get("model") or {}).get("promoted", {}))
         self._convert(model)  # model_init may have made another one since
@@ -253,7 +255,8 @@ class CoatCallback(TrainerCallback):
         self._release_gradients(args, _bare(optimizer))
         self._expect_speedup(args, model, state.is_world_process_zero)
         if state.global_step > 0:
-            self._compare_with_checkpoint(args, state)
+            if then is not None:
+                self._compare(file, then)
             self.resumed_at = [*_resumed_before(args, state), state.global_step]
 
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
@@ -299,15 +302,13 @@ class CoatCallback(TrainerCallback):
 
         self._first_batch = model.register_forward_pre_hook(look, with_kwargs=True)
 
-    def _compare_with_checkpoint(self, args, state) -> None:
+    def _compare(self, file: str, then: dict[str, Any]) -> None:
         """Say in what the recipe differs from the one that the checkpoint was made with."""
-        file, then = _checkpoint_recipe(args, state)
-        if then is not None:
-            then, now = _flat(then), _flat(self.coat.to_dict())
-            keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-            if keys:
-                changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
-                logger.warning(f"coat differs from what {file} was saved with: {changes}")
+        then, now = _flat(then), _flat(self.coat.to_dict())
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
+            logger.warning(f"coat differs from what {file} was saved with: {changes}")
 
     def _promote(self, linears: dict[str, str]) -> None:
         """Keep these in BF16, and no others that a probe found. The user's own configuration stays what it was."""
@@ -423,10 +424,8 @@ def _bytes_of(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 def _resumed_before(args, state) -> list[int]:
     """The steps at which the run that is resumed had been resumed before."""
-    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
-        if os.path.isfile(os.path.join(str(folder), RUN_NAME)):
-            return list(read_run(str(folder))["resumed_at"])
-    return []
+    file = _in_checkpoint(args, state, RUN_NAME)
+    return [] if file is None else list(read_run(file)["resumed_at"])
 
 
 def keep_section(trainer_class: type) -> None:
@@ -481,16 +480,21 @@ def _refuse_codes(optimizer: Optimizer) -> None:
 
 
 def _checkpoint_recipe(args, state) -> tuple[str | None, dict[str, Any] | None]:
-    """The file with the recipe of the checkpoint that is resumed from, and what it holds; None where there is none.
+    """The file with the recipe of the checkpoint that is resumed from, and what it holds; None where there is none."""
+    file = _in_checkpoint(args, state, CONFIG_NAME)
+    if file is None:
+        return None, None
+    with open(file, encoding="utf-8") as stream:
+        return file, json.load(stream)
+
+
+def _in_checkpoint(args, state, name: str) -> str | None:
+    """The file of this name in the checkpoint that is resumed from, if it is there.
 
     Trainer does not tell an event where it resumes from; it is where the arguments say, or in the output folder.
     """
-    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
-        file = os.path.join(str(folder), CONFIG_NAME)
-        if os.path.isfile(file):
-            with open(file, encoding="utf-8") as stream:
-                return file, json.load(stream)
-    return None, None
+    folders = (str(args.resume_from_checkpoint), _checkpoint_folder(args, state))
+    return next((file for file in (os.path.join(folder, name) for folder in folders) if os.path.isfile(file)), None)
 
 
 def _checkpoint_folder(args, state) -> str:

@@ -28,7 +28,8 @@ class Converted:
         return self
 
     def extra_repr(self) -> str:
-        said = [super().extra_repr(), f"keeps={self.coat_state.keep.value}"]
+        keep = getattr(self.coat_state, "keep", None)  # adapters have no policy of their own
+        said = [super().extra_repr()] + ([] if keep is None else [f"keeps={keep.value}"])
         said += [] if self.coat_region is None else [f"region={self.coat_region.value}"]
         return ", ".join(filter(None, said))
 
