@@ -4,6 +4,7 @@
     python benchmarks/peers.py stack [--trace]      16 layers with embeddings, head and loss, forward and backward
     python benchmarks/peers.py step [--release]     the stock Trainer's full-parameter training of 32 layers
     python benchmarks/peers.py small                from which size on FP8 pays: BF16 and "lean" over tokens and widths
+                                                    (with --json hf_coat/pays.json for what the library says of it)
     python benchmarks/peers.py shapes               lengths that change every step: how often Triton compiles
 
 Every case takes ``--peers``, ``--attention cudnn``, ``--json FILE`` (written after each peer) and ``--tiny``: a model
@@ -19,6 +20,7 @@ import argparse
 import gc
 import json
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -413,7 +415,9 @@ def main() -> None:
         options.json.write_text(json.dumps(run_peer(options)))
         return
     about = {key: getattr(options, key) for key in ("case", "size", "batch", "length", "layers", "steps", "warmup")}
-    result, rows = environment(*PACKAGES) | {key: value for key, value in about.items() if value}, []
+    command = shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])
+    about = {"command": command} | {key: value for key, value in about.items() if value}
+    result, rows = environment(*PACKAGES) | about, []
     for name, backend in plan(options):
         passed = [*sys.argv[1:], "--peer", name, "--attention", "cudnn" if backend == "cudnn" else "default"]
         row = fresh_process(__file__, *passed, timeout=options.timeout)

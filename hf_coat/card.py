@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .pays import in_words
 from .report import format_bytes
 
 TAGS = ("coat", "fp8", "hf_coat")
@@ -73,6 +74,8 @@ def run_section(record: Mapping[str, Any]) -> str:
         rows["evaluation loss"] = f"{_number(entry['eval_loss'])} at step {entry['step']}"
     for name, rate in record["throughput"].items():
         rows[name.replace("_", " ")] = f"{rate:,.2f}"
+    if record.get("speedup"):
+        rows["speed to expect"] = in_words(record["speedup"])
     for name, size in record["memory"].items():
         if size is not None:
             rows[f"{name.replace('_', ' ')}, measured"] = format_bytes(size)

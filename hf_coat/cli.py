@@ -14,7 +14,8 @@ BF16 = "bf16"  # no preset: torch.optim.AdamW and the model as it is
 
 
 def _estimate(options: argparse.Namespace) -> str:
-    from .integrations.estimate import Training, estimate, largest_batch
+    from .integrations.estimate import Training, estimate, largest_batch, speedup
+    from .pays import in_words
     from .peak import CARDS
     from .report import estimate_table
 
@@ -28,6 +29,7 @@ def _estimate(options: argparse.Namespace) -> str:
         known = {training.batch: estimate(training)}
         step = known[training.batch]
         row = asdict(step) | {"needed": step.needed(), "fits": [card for card in CARDS if step.fits(card)]}
+        row["speedup"] = speedup(training)
         if options.card:
             row["largest_batch"] = {options.card: largest_batch(training, options.card, known)}
         rows[os.path.basename(name) if name != BF16 else "BF16, AdamW"] = row
@@ -39,7 +41,8 @@ def _estimate(options: argparse.Namespace) -> str:
     how += [f"LoRA of rank {options.lora}"] if options.lora else []
     how += ["gradient checkpointing"] * options.checkpointing + ["gradient accumulation"] * options.accumulate
     title = f"A training step of {options.model}: {', '.join(how)} (predicted, nothing was run)"
-    return estimate_table(title, rows, CARDS)
+    speed = next((f"\n\nFP8: {in_words(row['speedup'])}" for row in rows.values() if row["speedup"]), "")
+    return estimate_table(title, rows, CARDS) + speed
 
 
 def _report(options: argparse.Namespace) -> str:

@@ -440,7 +440,7 @@ class HfCoatConfig:
         if not isinstance(value, str):
             raise TypeError(
                 f"coat is {value!r}; it must be an HfCoatConfig, a CoatConfig, a CoatOptimizerConfig, a dict, or a "
-                f"str: a preset ({presets}), JSON, or a path"
+                f"str: a preset ({presets}), JSON, a path, or a name on the Hub"
             )
         if value in PRESETS:
             return copy.deepcopy(PRESETS[value])

@@ -26,6 +26,7 @@ from .modules import (
     MLPState,
     NormState,
     has_plain_rotary,
+    heads,
     is_attention,
 )
 
@@ -48,12 +49,6 @@ def head_prefixes(model: nn.Module) -> Iterator[tuple[str, str]]:
         if backbone in dict(module.named_children()):  # not getattr: wrappers pass attributes of what they wrap on
             start = f"{name}." if name else ""
             yield start, f"{start}{backbone}."
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The head of a language model, if this is one."""
-    find = getattr(type(model), "get_output_embeddings", None)  # not what a wrapper passes on
-    return None if find is None else find(model)
 
 
 def adapter_prefixes(model: nn.Module) -> list[str]:
@@ -101,8 +96,8 @@ def why_not_stored(model: nn.Module) -> dict[nn.Linear, str]:
 def why_kept(model: nn.Module) -> dict[str, str]:
     """For each linear that must stay as it is, by qualified name: the reason."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    heads, adapters = list(head_prefixes(model)), adapter_prefixes(model)
-    outputs = {id(head) for head in map(output_embeddings, model.modules()) if head is not None}
+    beside, adapters = list(head_prefixes(model)), adapter_prefixes(model)
+    outputs = {id(head) for _, head, _ in heads(model)}
     merged = {id(m.base_layer) for m in model.modules() if is_lora(m) and m.merged}
     reasons = {}
     for name, module in model.named_modules():
@@ -113,7 +108,7 @@ def why_kept(model: nn.Module) -> dict[str, str]:
         elif id(module) in merged:
             reasons[name] = "adapters are merged into it, which FP8 would round away"
         elif id(module) in outputs or any(
-            name.startswith(whole) and not name.startswith(backbone) for whole, backbone in heads
+            name.startswith(whole) and not name.startswith(backbone) for whole, backbone in beside
         ):
             reasons[name] = "head"
         elif id(module.weight) in embeddings:

@@ -32,8 +32,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from .config import AUTO_POLICY, CoatConfig, Keep, Region
-from .families import head_prefixes, output_embeddings
-from .modules import is_attention
+from .families import head_prefixes
+from .modules import heads, is_attention
 
 # Region (None: a model without regions) -> kind of module -> policy. Kinds that are not named are lean.
 AUTO = {
@@ -43,6 +43,7 @@ AUTO = {
     Region.LANGUAGE: {"attention": Keep.BF16},
     Region.HEAD: {"attention": Keep.BF16},
 }
+KINDS = ("norm", "mlp", "attention")  # keys of CoatConfig.activations that are no patterns
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -103,7 +104,6 @@ def find_regions(model: nn.Module) -> dict[str, Region]:
     if top is None or text_config(top[1]) is None:
         return {}
     text = text_config(top[1])
-    heads = {id(head) for head in map(output_embeddings, model.modules()) if head is not None}
     beside = list(head_prefixes(model))
     roots: dict[str, Region] = {}
 
@@ -126,7 +126,7 @@ def find_regions(model: nn.Module) -> dict[str, Region]:
                 roots[path] = Region.HEAD if is_head else Region.PROJECTOR
 
     visit(*top)
-    roots.update({name: Region.HEAD for name, module in model.named_modules() if id(module) in heads})
+    roots.update({name: Region.HEAD for name, _, _ in heads(model)})
     return roots
 
 
@@ -148,7 +148,7 @@ class Policy:
         }
         entries = config.activations if isinstance(config.activations, dict) else {}
         self.used = dict.fromkeys([*entries, *config.regions, *(config.modules_to_not_convert or ())], False)
-        self.used |= {key: True for key in ("norm", "mlp", "attention") if key in entries}  # said of any model
+        self.used |= {key: True for key in KINDS if key in entries}  # said of any model
 
     def region(self, name: str) -> Region | None:
         """The region of a module; None where the model has none."""
@@ -159,17 +159,18 @@ class Policy:
         roots = [root for root in self.roots if f"{name}.".startswith(f"{root}.")]
         return self.roots[max(roots, key=len)] if roots else None
 
-    def _names(self, key: str, name: str, kind: str | None = None) -> bool:
-        """Whether a key of the configuration stands for this module: a kind, a region, or a pattern."""
-        return key == kind or key == self.region(name) or matches(name, key)
+    def _names(self, key: str, name: str) -> bool:
+        """Whether a key of the configuration stands for this module: a region or a pattern."""
+        return key == self.region(name) or matches(name, key)
 
     def said(self, name: str, kind: str | None = None) -> str:
         """What ``activations`` says for a module: a policy, or "auto"."""
         if isinstance(self.config.activations, str):
             return self.config.activations
-        found = [key for key in self.config.activations if self._names(key, name, kind)]
+        entries = self.config.activations
+        found = [key for key in entries if (key == kind if key in KINDS else self._names(key, name))]
         self.used.update(dict.fromkeys(found, True))
-        return self.config.activations[found[-1]] if found else AUTO_POLICY
+        return entries[found[-1]] if found else AUTO_POLICY
 
     def keep(self, kind: str, name: str) -> Keep:
         """What a norm, an MLP or an attention keeps."""

@@ -5,13 +5,16 @@ Version 1 of the record:
     schema_version   1
     coat             the recipe, ``HfCoatConfig.to_dict()``
     model            ``class``, ``parameters`` and of those ``trainable``, ``dtypes`` (parameters by dtype)
-    conversion       ``ConversionReport.to_dict()``: converted, kept, uncovered, unmatched; null if only the optimizer
-                     is COAT's
+    conversion       ``ConversionReport.to_dict()``: converted, kept, uncovered, unmatched, regions; null if only the
+                     optimizer is COAT's
     versions         hf_coat, torch, triton, transformers, peft, trl; null for what is not installed
     hardware         ``device`` (the GPU's name or "cpu"), ``memory_bytes`` of one GPU or null, ``processes``
     steps            optimizer steps done so far
     resumed_at       the steps at which the run was resumed, in order
     throughput       the rates that Trainer logs at its end, by their names there
+    speedup          ``factor``: how many times as fast as in BF16 a decoder layer was measured to be on ``gpu``, of
+                     this ``hidden`` size and with as many ``tokens`` as the run's first batch has on a GPU (see
+                     hf_coat.pays); null for what was not measured
     memory           bytes: ``weights``, ``optimizer_states``, ``adamw_states`` (what two moments in the parameters'
                      dtype would be: arithmetic, not measured), ``peak`` of the CUDA allocator or null
     skipped_groups   groups of optimizer states that were skipped because a gradient was not finite
@@ -78,6 +81,7 @@ def run_record(
     steps: int,
     resumed_at: Sequence[int],
     throughput: Mapping[str, float],
+    speedup: Mapping[str, Any] | None,
     memory: Mapping[str, int | None],
     skipped_groups: int,
     log: Sequence[Mapping[str, Any]],
@@ -86,7 +90,7 @@ def run_record(
     record = {
         "schema_version": SCHEMA_VERSION, "coat": coat, "model": model, "conversion": conversion,
         "versions": versions(), "hardware": hardware, "steps": steps, "resumed_at": list(resumed_at),
-        "throughput": throughput, "memory": memory, "skipped_groups": skipped_groups, "log": log,
+        "throughput": throughput, "speedup": speedup, "memory": memory, "skipped_groups": skipped_groups, "log": log,
     }  # fmt: skip
     return _finite(record)
 

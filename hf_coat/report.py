@@ -98,7 +98,7 @@ def conversion_table(record: Mapping[str, Any]) -> str:
     body = [[where, "", region, what] for region, where, what in regions]
     body += [[name, str(count), outcome, what] for (name, outcome, what), count in counts.items()]
     body += [[name, "", "not covered", what] for name, what in record["uncovered"].items()]
-    body += [[name, "", "no such module", "named by modules_to_not_convert"] for name in record.get("unmatched", ())]
+    body += [[name, "", "no such module", "named by the configuration"] for name in record.get("unmatched", ())]
     return _render("What COAT did to the model", ["module", "count", "outcome", "how or why"], body, numbers=(1,))
 
 

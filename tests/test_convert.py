@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MixtralConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    MixtralConfig,
+)
 
 import hf_coat
 from hf_coat import CoatConfig
@@ -86,6 +93,19 @@ def test_modules_to_not_convert(pattern, kept):
     assert len(report.converted) == 24 - kept
     assert sum(pattern in reason for reason in report.kept.values()) == kept
     assert report.unmatched == ["vision_tower"] and "vision_tower" in report.summary()
+
+
+@pytest.mark.parametrize("kind", ["attention", "norm", "mlp"])
+def test_kinds_in_activations_are_no_patterns(kind):
+    """A norm in a module called attention is a norm; nor does any kind stand for what is in such a module."""
+    config = BertConfig(**TINY)
+    model = AutoModel.from_config(config)
+    now = hf_coat.apply_coat(model, CoatConfig(activations={kind: "paper"})).to_dict()
+    left, rest = now["kept"], now["converted"]
+    assert ("encoder.layer.0.attention.self" in left) == (kind == "attention")
+    norm = model.encoder.layer[0].attention.output.LayerNorm
+    assert norm.coat_state.keep == ("paper" if kind == "norm" else "lean") and "LayerNorm" not in str(list(left))
+    assert "encoder.layer.0.intermediate.dense" in rest
 
 
 def test_tied_head_classifier_and_router_are_kept():

@@ -20,6 +20,7 @@ LEVELS = [
         "hf_coat.convert",
         "hf_coat.families",
         "hf_coat.memory",
+        "hf_coat.pays",
         "hf_coat.peak",
         "hf_coat.policy",
         "hf_coat.probe",

@@ -79,7 +79,7 @@ def test_conversion_folds_layers():
     assert row(table, "model.layers.*.mlp.gate")[1:] == ["1", "kept", "router"]
     assert row(table, "(the model)")[-1] == "[bold]no markup[/bold]"
     assert row(table, "Embedding") == ["Embedding", "not covered", "1 modules"]
-    assert row(table, "vision")[1] == "no such module"
+    assert row(table, "vision")[1:] == ["no such module", "named by the configuration"]
 
 
 def test_losses_side_by_side():

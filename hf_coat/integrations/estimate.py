@@ -6,7 +6,7 @@ there, and :func:`hf_coat.peak.estimate_step` runs a step of it.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ..config import CoatOptimizerConfig, HfCoatConfig, OptimizerName
 from ..convert import apply_coat
 from ..optim import OPTIMIZERS, muon_groups
+from ..pays import hidden_size, measured
+from ..pays import speedup as measured_speedup
 from ..peak import CARDS, StepEstimate, estimate_step
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -70,6 +72,15 @@ def estimate(training: Training) -> StepEstimate:
     )
 
 
+def speedup(training: Training) -> dict[str, int | float | str] | None:
+    """What :func:`hf_coat.pays.speedup` says of this training on the GPU that was measured; None where it says
+    nothing: without COAT in the model, with adapters, or where nothing was measured."""
+    coat = None if training.coat is None else HfCoatConfig.resolve(training.coat)
+    if coat is None or coat.model is None or training.lora is not None:
+        return None
+    return measured_speedup(hidden_size(_config(training)), training.batch * training.length, measured().gpu)
+
+
 def largest_batch(training: Training, card: int, known: dict[int, StepEstimate]) -> int:
     """The most sequences on a GPU that a card of :data:`hf_coat.peak.CARDS` holds; 0 where it holds not even one.
 
@@ -81,7 +92,7 @@ def largest_batch(training: Training, card: int, known: dict[int, StepEstimate])
     low, high, guess = 0, None, training.batch
     while high is None or high - low > 1:
         if guess not in known:
-            known[guess] = estimate(_with(training, batch=guess))
+            known[guess] = estimate(replace(training, batch=guess))
         if known[guess].fits(card):
             low = guess
         else:
@@ -98,15 +109,15 @@ def largest_batch(training: Training, card: int, known: dict[int, StepEstimate])
     return low
 
 
-def _with(training: Training, **changes) -> Training:
-    return Training(**(vars(training) | changes))
+def _config(training: Training) -> PreTrainedConfig:
+    if isinstance(training.model, PreTrainedConfig):
+        return training.model
+    return AutoConfig.from_pretrained(training.model, revision=training.revision, token=training.token)
 
 
 def ghost(training: Training):
     """The model on the meta device as it is when training begins, and what makes its optimizer."""
-    config = training.model
-    if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config, revision=training.revision, token=training.token)
+    config = _config(training)
     vision = type(config) in AutoModelForImageTextToText._model_mapping
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 from transformers.trainer_callback import TrainerCallback
@@ -33,6 +34,7 @@ from ..config import CONFIG_NAME, CoatConfig, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
 from ..families import is_adapted
 from ..optim import OPTIMIZERS, CoatOptimizer, GradientRelease, muon_groups
+from ..pays import hidden_size, in_words, measured, speedup
 from ..probe import Probe
 from ..record import RUN_NAME, about_model, hardware, read_run, run_record, write_run
 from ..report import format_bytes
@@ -53,12 +55,12 @@ class CoatArgumentsMixin:
 
     Args:
         coat: The recipe, or what :meth:`hf_coat.HfCoatConfig.resolve` makes one of: one half of it, a dict, a preset's
-            name, JSON, a path. None trains without COAT.
+            name, JSON, a path, a name on the Hub. None trains without COAT.
     """
 
     coat: dict | str | None = field(
         default=None,
-        metadata={"help": "Train with COAT: a preset ('lean', 'paper'), the path of a coat_config.json, or JSON."},
+        metadata={"help": "Train with COAT: a preset ('lean', 'paper'), JSON, a path, or a name on the Hub."},
     )
 
     def __post_init__(self):
@@ -190,16 +192,23 @@ class CoatCallback(TrainerCallback):
         report: What happened to the model; None before, and where the recipe has no model half.
         record: The run as plain values: ``coat``, ``conversion``; the rates that Trainer logs, by their names there;
             for a vision-language model what the ``probe`` of the first steps found, by step, region and modality;
+            ``speedup``, where this GPU was measured, what :func:`hf_coat.pays.speedup` says of the first batch;
             at the end the bytes of ``weights``, ``optimizer_states``, and ``adamw_states``: what AdamW's would be.
+        probe: What watches the step that is being taken; None outside of the first steps.
+        resumed_at: The steps at which the run was resumed.
     """
 
     def __init__(self, coat: HfCoatConfig | dict | str):
-        self.coat: HfCoatConfig | None = HfCoatConfig.resolve(coat)
+        self._start(HfCoatConfig.resolve(coat))
+
+    def _start(self, coat: HfCoatConfig | None) -> None:
+        self.coat = coat
         self.report: ConversionReport | None = None
         self.record: dict[str, Any] = {}
-        self._release: GradientRelease | None = None
-        self.probe: Probe | None = None
         self.resumed_at: list[int] = []
+        self.probe: Probe | None = None
+        self._release: GradientRelease | None = None
+        self._first_batch: RemovableHandle | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -236,7 +245,7 @@ class CoatCallback(TrainerCallback):
         if self.coat is None:
             return
         if state.global_step > 0:  # what the run that is resumed had found
-            _, then = _checkpoint_recipe(args, state)
+            file, then = _checkpoint_recipe(args, state)
             if then is not None:
                 self._promote((then.get("model") or {}).get("promoted", {}))
         self._convert(model)  # model_init may have made another one since
@@ -244,8 +253,10 @@ class CoatCallback(TrainerCallback):
             logger.warning(f"COAT: {self.report.summary()}")
         self._check_optimizer(_bare(optimizer), state.global_step)
         self._release_gradients(args, _bare(optimizer))
+        self._expect_speedup(args, model, state.is_world_process_zero)
         if state.global_step > 0:
-            self._compare_with_checkpoint(args, state)
+            if then is not None:
+                self._compare(file, then)
             self.resumed_at = [*_resumed_before(args, state), state.global_step]
 
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
@@ -271,15 +282,33 @@ class CoatCallback(TrainerCallback):
             if isinstance(optimizer, CoatOptimizer):
                 self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
 
-    def _compare_with_checkpoint(self, args, state) -> None:
+    def _expect_speedup(self, args, model: nn.Module, told: bool) -> None:
+        """When the first batch comes, note what FP8 gains at its size, and warn if that is nothing."""
+        if self._first_batch is not None:  # auto_find_batch_size begins a second time
+            self._first_batch.remove()
+        gpu = hardware(args.device, args.world_size)["device"]
+        of_measured = gpu == measured().gpu and not args.torch_compile and not is_adapted(model)
+        if self.report is None or not of_measured:
+            return
+
+        def look(model: nn.Module, positional: tuple, inputs: dict[str, Any]) -> None:
+            self._first_batch.remove()
+            ids = inputs.get("input_ids")
+            found = None if ids is None else speedup(hidden_size(getattr(model, "config", None)), ids.numel(), gpu)
+            if found is not None:
+                self.record["speedup"] = found
+                if told and found["factor"] < 1:
+                    logger.warning(f"COAT: {in_words(found)}")
+
+        self._first_batch = model.register_forward_pre_hook(look, with_kwargs=True)
+
+    def _compare(self, file: str, then: dict[str, Any]) -> None:
         """Say in what the recipe differs from the one that the checkpoint was made with."""
-        file, then = _checkpoint_recipe(args, state)
-        if then is not None:
-            then, now = _flat(then), _flat(self.coat.to_dict())
-            keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-            if keys:
-                changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
-                logger.warning(f"coat differs from what {file} was saved with: {changes}")
+        then, now = _flat(then), _flat(self.coat.to_dict())
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in keys)
+            logger.warning(f"coat differs from what {file} was saved with: {changes}")
 
     def _promote(self, linears: dict[str, str]) -> None:
         """Keep these in BF16, and no others that a probe found. The user's own configuration stays what it was."""
@@ -360,6 +389,7 @@ class CoatCallback(TrainerCallback):
             steps=state.global_step,
             resumed_at=self.resumed_at,
             throughput={key: value for key, value in self.record.items() if key.endswith("_per_second")},
+            speedup=self.record.get("speedup"),
             memory=memory | {"peak": torch.cuda.max_memory_allocated(args.device) if on_cuda else None},
             skipped_groups=optimizer.skipped_groups() if isinstance(optimizer, CoatOptimizer) else 0,
             log=state.log_history,
@@ -371,8 +401,7 @@ class _FollowsArguments(CoatCallback):
     put adapters on a model that was loaded with a ``CoatConfig``."""
 
     def __init__(self):
-        self.coat, self.report, self.record, self.resumed_at = None, None, {}, []
-        self._release, self.probe = None, None
+        self._start(None)
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -395,10 +424,8 @@ def _bytes_of(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
 def _resumed_before(args, state) -> list[int]:
     """The steps at which the run that is resumed had been resumed before."""
-    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
-        if os.path.isfile(os.path.join(str(folder), RUN_NAME)):
-            return list(read_run(str(folder))["resumed_at"])
-    return []
+    file = _in_checkpoint(args, state, RUN_NAME)
+    return [] if file is None else list(read_run(file)["resumed_at"])
 
 
 def keep_section(trainer_class: type) -> None:
@@ -453,16 +480,21 @@ def _refuse_codes(optimizer: Optimizer) -> None:
 
 
 def _checkpoint_recipe(args, state) -> tuple[str | None, dict[str, Any] | None]:
-    """The file with the recipe of the checkpoint that is resumed from, and what it holds; None where there is none.
+    """The file with the recipe of the checkpoint that is resumed from, and what it holds; None where there is none."""
+    file = _in_checkpoint(args, state, CONFIG_NAME)
+    if file is None:
+        return None, None
+    with open(file, encoding="utf-8") as stream:
+        return file, json.load(stream)
+
+
+def _in_checkpoint(args, state, name: str) -> str | None:
+    """The file of this name in the checkpoint that is resumed from, if it is there.
 
     Trainer does not tell an event where it resumes from; it is where the arguments say, or in the output folder.
     """
-    for folder in (args.resume_from_checkpoint, _checkpoint_folder(args, state)):
-        file = os.path.join(str(folder), CONFIG_NAME)
-        if os.path.isfile(file):
-            with open(file, encoding="utf-8") as stream:
-                return file, json.load(stream)
-    return None, None
+    folders = (str(args.resume_from_checkpoint), _checkpoint_folder(args, state))
+    return next((file for file in (os.path.join(folder, name) for folder in folders) if os.path.isfile(file)), None)
 
 
 def _checkpoint_folder(args, state) -> str:

@@ -4,7 +4,7 @@ from .attention import AttentionState, CoatAttention, has_plain_rotary, is_atten
 from .converted import Converted, convert
 from .linear import CoatFrozenLinear, CoatLinear, Merged
 from .lora import CoatLora, LoraState
-from .loss import CoatHead, fuse_loss, unfuse_loss
+from .loss import CoatHead, fuse_loss, heads, unfuse_loss
 from .mlp import CoatMLP, MLPState
 from .norm import CoatNorm, NormState
 
@@ -25,6 +25,7 @@ __all__ = [
     "convert",
     "fuse_loss",
     "has_plain_rotary",
+    "heads",
     "is_attention",
     "unfuse_loss",
 ]

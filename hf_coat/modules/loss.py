@@ -455,7 +455,7 @@ def fuse_loss(model: nn.Module) -> dict[str, str]:
         By the name of a head what became of it, or why it was left alone. Empty for a model without such a head.
     """
     outcome = {}
-    for name, head, owner in _heads(model):
+    for name, head, owner in heads(model):
         reason = None if isinstance(head, CoatHead) else _why_not(head, owner)
         if reason is None:
             _fuse(head, owner)
@@ -487,8 +487,9 @@ def unfuse_loss(model: nn.Module) -> dict[str, str]:
     return outcome
 
 
-def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """Name and module of each output embedding, and the model that calls it: the one whose child it is, if any."""
+def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Name and module of each head of a language model (output embedding) in ``model``, and the model that calls it:
+    the one whose child it is, if any."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[int, tuple] = {}
     for module in model.modules():

@@ -1,7 +1,7 @@
 """Time the kernels against what the machine can do; a figure is printed only for a kernel that agrees with its
 reference.
 
-    python kernels/benchmarks/run.py [--only quantize] [--json FILE] [--record]
+    python kernels/benchmarks/run.py [--only norm] [--json FILE] [--record]
 
 Memory-bound kernels are compared with the bandwidth of a device copy measured in the same run, matrix products with
 ``torch._scaled_mm`` and with BF16. ``--record`` writes the comparison of Triton and cuBLASLt into
@@ -12,85 +12,214 @@ import argparse
 import itertools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import coat_kernels as ck
 import torch
 import triton
 from coat_kernels import scaled_mm_triton
+from coat_kernels.activation import activation_backward_ref, activation_ref, activation_transposed_ref
+from coat_kernels.formats import FP8_DTYPES
+from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref
 from coat_kernels.quantize import dequantize_ref, quantize_ref, transpose_ref
+from coat_kernels.rotary import rotary_ref
 from triton.testing import do_bench
 
 E4M3 = torch.float8_e4m3fn
 TOKENS, HIDDEN, WIDE = 16384, 4096, 11008
+GROUP, EPS = 128, 1e-6  # of what is kept, as the default recipe has it; of norms
 
 
 @dataclass
 class Case:
-    """One memory-bound call: what it computes, the fewest bytes it must move, and the reference it must agree with."""
+    """One memory-bound call: what it computes, the reference it must agree with, and the bytes it cannot do without.
+
+    Args:
+        name: What it is called.
+        call: Without arguments.
+        reference: Likewise; its results in the same order, an empty tensor where ``call`` returns None.
+        reads: What ``call`` has to read, once for each time that it is named. It writes what it returns.
+        exact: Whether values must be equal to the bit; else they come from sums in another order, or from functions
+            that differ in the last bit, see ``APART``.
+    """
 
     name: str
     call: Callable
     reference: Callable
-    bytes: int
+    reads: tuple[torch.Tensor, ...]
+    exact: bool = True
+
+    def bytes(self, results: tuple[torch.Tensor | None, ...]) -> int:
+        return sum(t.nbytes for t in (*self.reads, *results) if t is not None)
 
 
-def memory_cases() -> Iterator[Case]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    for width in (HIDDEN, WIDE):
-        x = torch.randn(TOKENS, width, generator=generator, device="cuda", dtype=torch.bfloat16)
-        n = x.numel()
+# How far apart, by their norm, two results of the same float32 arithmetic may be: in BF16 each is rounded by up to
+# 2^-9; in float32 sums of up to 16384 terms lose sqrt(16384) * 2^-24 each.
+APART = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-16}
+
+
+def _random(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+
+def quantize_cases(device: str, tokens: int, hidden: int, wide: int) -> Iterator[Case]:
+    for width in (hidden, wide):
+        x = _random(tokens, width, device=device)
         recipes = {"token": ("token", 0, True), "group 32": ("group", 32, True), "tensor": ("tensor", 0, False)}
         for name, (granularity, group, pow2) in recipes.items():
             for codes, transposed in ((True, False), (True, True)):
                 options = dict(group_size=group, power_of_two=pow2, codes=codes, transposed=transposed)
-                arguments = (E4M3, granularity, group, pow2, None, codes, transposed)
-                reads = 2 if granularity == "tensor" else 1  # the amax of a tensor takes a pass of its own
                 yield Case(
-                    f"quantize {TOKENS} x {width} per {name}{' + transposed' if transposed else ''}",
-                    lambda x=x, g=granularity, o=options: ck.quantize(x, E4M3, g, **o),
-                    lambda x=x, a=arguments: quantize_ref(x, *a),
-                    n * (2 * reads + codes + transposed),
+                    f"quantize {tokens} x {width} per {name}{' + transposed' if transposed else ''}",
+                    partial(ck.quantize, x, E4M3, granularity, **options),
+                    partial(quantize_ref, x, E4M3, granularity, group, pow2, None, codes, transposed),
+                    (x, x) if granularity == "tensor" else (x,),  # the amax of a tensor takes a pass of its own
                 )
         scale = quantize_ref(x[:64], E4M3, "tensor", 0, True, None, True, False)[2] * 2
         yield Case(
-            f"quantize {TOKENS} x {width} transposed, scale given",
+            f"quantize {tokens} x {width} transposed, scale given",
             lambda x=x, s=scale: ck.quantize(x, E4M3, "tensor", scale=s, codes=False, transposed=True)[1],
             lambda x=x, s=scale: quantize_ref(x, E4M3, "tensor", 0, True, s, False, True)[1],
-            n * 3,
+            (x, scale),
         )
         x_q, _, x_s = ck.quantize(x)
         yield Case(
-            f"transpose {TOKENS} x {width}",
-            lambda a=(x_q, x_s): ck.transpose(*a),
-            lambda a=(x_q, x_s): transpose_ref(*a),
-            n * 2,
-        )
+            f"transpose {tokens} x {width}", partial(ck.transpose, x_q, x_s), partial(transpose_ref, x_q, x_s),
+            (x_q, x_s),
+        )  # fmt: skip
         yield Case(
-            f"dequantize {TOKENS} x {width}",
-            lambda a=(x_q, x_s): ck.dequantize(*a),
-            lambda a=(x_q, x_s): dequantize_ref(*a, 0, torch.bfloat16),
-            n * 3,
-        )
+            f"dequantize {tokens} x {width}", partial(ck.dequantize, x_q, x_s),
+            partial(dequantize_ref, x_q, x_s, 0, torch.bfloat16), (x_q, x_s),
+        )  # fmt: skip
+    # The gradients of q, k and v, whose tokens share a scale; weights of q, k and v, of gate and up.
+    for shape, many, dim in (((tokens, hidden), 3, 1), ((hidden, hidden), 3, 0), ((wide, hidden), 2, 0)):
+        parts = tuple(_random(*shape, device=device) for _ in range(many))
+        yield Case(
+            f"quantize {many} of {shape[0]} x {shape[1]} as {'columns' if dim else 'rows, dithered'}",
+            partial(ck.quantize, parts, dim=dim, dither=dim == 0),
+            partial(
+                quantize_ref, parts, E4M3, "token", 0, True, None, True, False, torch.float32, dim, dim == 0
+            ),
+            parts,
+        )  # fmt: skip
 
 
-def agrees(actual, expected) -> bool:
-    """Bitwise equal scales and values; codes may differ in one of a thousand places by one step."""
-    pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
-    for a, b in pairs:
-        if a is None or a.numel() == 0:
-            continue
-        if a.element_size() > 1:
+def norm_cases(device: str, tokens: int, width: int) -> Iterator[Case]:
+    x, dy = _random(tokens, width, device=device), _random(tokens, width, device=device).flip(0)
+    weight, bias = 1 + _random(width, device=device) / 8, _random(width, device=device)
+    for name, center, b in (("norm", False, None), ("layer norm", True, bias)):
+        affine = tuple(t for t in (weight, b) if t is not None)
+        options = {"eps": EPS, "center": center, "round_first": not center}
+        for codes in (False, True):
+            yield Case(
+                f"{name} {tokens} x {width}, input kept{' + codes' if codes else ''}",
+                partial(ck.norm, x, weight, b, group_size=GROUP, codes=codes, **options),
+                partial(
+                    norm_ref, x, weight, b, EPS, center, 0.0, not center, x.dtype, GROUP, torch.uint8, codes
+                ),
+                (x, *affine), exact=False,
+            )  # fmt: skip
+        made = ck.norm(x, weight, b, group_size=GROUP, codes=True, **options)
+        kept = (made.x_q, made.x_s, made.mean, made.rstd)
+
+        def gradients(center=center, kept=kept):
+            dx, sums = norm_backward_ref(dy, *kept, weight, 0.0, GROUP, x.dtype, True, center)
+            return dx, sums[0], sums[1] if center else sums.new_empty(0)
+
+        kept_tensors = tuple(t for t in kept if t is not None)
+        yield Case(
+            f"norm_backward of {name} {tokens} x {width}",
+            partial(ck.norm_backward, dy, *kept, weight, group_size=GROUP, dx_dtype=x.dtype, bias=center),
+            gradients, (dy, *kept_tensors, weight), exact=False,
+        )  # fmt: skip
+        scale = made.y_s.amax(dim=0, keepdim=True)
+        yield Case(
+            f"norm_transposed of {name} {tokens} x {width}",
+            partial(ck.norm_transposed, *kept, weight, b, scale, group_size=GROUP),
+            partial(norm_transposed_ref, *kept, weight, b, scale, 0.0, GROUP),
+            (*kept_tensors, *affine, scale), exact=False,
+        )  # fmt: skip
+
+
+def activation_cases(device: str, tokens: int, width: int) -> Iterator[Case]:
+    gate, factor = _random(tokens, 2 * width, device=device).chunk(2, dim=1)  # as one product leaves them
+    dh = _random(tokens, width, device=device)
+    for name, act, up in (("silu, gated", "silu", factor), ("gelu_tanh", "gelu_tanh", None)):
+        read = (gate,) if up is None else (gate, up)
+        for codes in (False, True):
+            yield Case(
+                f"activation {tokens} x {width} {name}, {'codes' if codes else 'values'}",
+                partial(ck.activation, gate, up, act=act, group_size=GROUP, values=not codes, codes=codes),
+                partial(activation_ref, gate, up, act, GROUP, torch.uint8, not codes, codes),
+                read, exact=False,
+            )  # fmt: skip
+        made = ck.activation(gate, up, act=act, group_size=GROUP, values=False, codes=True)
+        kept, options = (made.kept_q, made.kept_s), {"act": act, "gated": up is not None, "group_size": GROUP}
+        for codes in (False, True):
+            yield Case(
+                f"activation_backward {tokens} x {width} {name}, {'codes' if codes else 'values'}",
+                partial(ck.activation_backward, dh, *kept, codes=codes, **options),
+                partial(activation_backward_ref, dh, *kept, act, up is not None, GROUP, codes, E4M3, dh.dtype),
+                (dh, *kept), exact=False,
+            )  # fmt: skip
+        scale = made.h_s.amax(dim=0, keepdim=True)
+        yield Case(
+            f"activation_transposed {tokens} x {width} {name}",
+            partial(ck.activation_transposed, *kept, scale, **options),
+            partial(activation_transposed_ref, *kept, scale, act, up is not None, GROUP),
+            (*kept, scale), exact=False,
+        )  # fmt: skip
+
+
+def rotary_cases(device: str, tokens: int, hidden: int) -> Iterator[Case]:
+    length, dim = min(tokens, 2048), min(hidden, 128)
+    merged = _random(tokens // length, length, 3 * hidden, device=device)  # q, k and v of one product
+    q, k, _ = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in merged.chunk(3, dim=2))
+    angles = _random(1, length, dim // 2, device=device, dtype=torch.float32).repeat(1, 1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    for inverse in (False, True):
+        yield Case(
+            f"rotary {tokens} x 2 x {hidden}{', gradient' if inverse else ''}",
+            partial(ck.rotary, q, k, cos, sin, inverse), partial(rotary_ref, q, k, cos, sin, inverse),
+            (q, k, cos, sin), exact=False,
+        )  # fmt: skip
+
+
+def memory_cases(device: str = "cuda", tokens: int = TOKENS, hidden: int = HIDDEN, wide: int = WIDE) -> Iterator[Case]:
+    yield from quantize_cases(device, tokens, hidden, wide)
+    yield from norm_cases(device, tokens, hidden)
+    yield from activation_cases(device, tokens, wide)
+    yield from rotary_cases(device, tokens, hidden)
+
+
+def agrees(actual: tuple[torch.Tensor | None, ...], expected: tuple[torch.Tensor, ...], exact: bool = True) -> bool:
+    """Scales and values equal to the bit, or else values within ``APART``; codes may differ in one of a thousand
+    places by one step."""
+    for a, b in zip(actual, expected, strict=True):
+        if a is None or a.numel() == 0 or b.numel() == 0:
+            if (a is None or a.numel() == 0) != (b.numel() == 0):
+                return False
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        elif a.dtype in FP8_DTYPES:
+            differ = a.float() != b.float()  # -0 equals 0
+            steps = (a.view(torch.uint8).int() - b.view(torch.uint8).int()).abs()[differ]
+            if differ.float().mean() > 1e-3 or (steps > 1).any():
+                return False
+        elif exact or not a.is_floating_point():  # E8M0 scales are bytes
             if not torch.equal(a, b):
                 return False
-        else:
-            steps = (a.view(torch.uint8).int() - b.view(torch.uint8).int()).abs()
-            steps[a.float() == b.float()] = 0
-            if steps.max() > 1 or (steps > 0).float().mean() > 1e-3:
-                return False
+        elif not (a.float() - b.float()).norm() <= APART[a.dtype] * b.float().norm():
+            return False
     return True
+
+
+def as_tuple(results: object) -> tuple:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def milliseconds(call: Callable) -> float:
@@ -104,15 +233,16 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
-def run_memory(bandwidth: float, only: str) -> Iterator[dict]:
-    for case in memory_cases():
+def run_memory(bandwidth: float, only: str, cases: Iterable[Case]) -> Iterator[dict]:
+    for case in cases:
         if only not in case.name:
             continue
-        if not agrees(case.call(), case.reference()):
+        results = as_tuple(case.call())
+        if not agrees(results, as_tuple(case.reference()), case.exact):
             yield {"case": case.name, "parity": False}
             continue
         ms = milliseconds(case.call)
-        rate = case.bytes / (ms * 1e-3)
+        rate = case.bytes(results) / (ms * 1e-3)
         yield {"case": case.name, "parity": True, "us": ms * 1e3, "TB/s": rate / 1e12, "of copy": rate / bandwidth}
 
 
@@ -172,7 +302,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"device copy: {bandwidth / 1e12:.2f} TB/s")
     rows = []
-    for row in itertools.chain(run_memory(bandwidth, options.only), run_products(options.only)):
+    for row in itertools.chain(run_memory(bandwidth, options.only, memory_cases()), run_products(options.only)):
         rows.append(row)
         print(show(row), flush=True)
     if options.json:

@@ -394,6 +394,12 @@ def test_the_paper_preset_takes_pefts_way(folder, calls):
     assert step(model) and not calls
 
 
+def test_a_converted_model_prints(folder):
+    model = lora(load(folder, CoatConfig()))
+    hf_coat.apply_coat(model)
+    assert "lora.CoatLinear(" in repr(model) and "keeps=lean" in repr(model)
+
+
 # --- Training ---
 
 

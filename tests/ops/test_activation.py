@@ -43,23 +43,18 @@ def twin(poisoned_memory):
     return pytest.importorskip("coat_kernels.activation_triton", reason="Triton is not installed")
 
 
-def same_codes(actual, expected):
-    """Codes at most one FP8 step apart, and at least 99.9 % equal (-0 and 0 are equal)."""
-    a, b = actual.cpu().float(), expected.cpu().float()
-    assert a.shape == b.shape and actual.dtype == expected.dtype
-    differ = a != b
-    assert differ.float().mean().item() <= 1e-3 if a.numel() else True
-    steps = (actual.cpu().view(torch.uint8).int() - expected.cpu().view(torch.uint8).int()).abs()
-    assert (steps[differ] <= 1).all()
+@pytest.fixture
+def equal(same_codes):
+    """Every result but values is compared: scales bitwise, codes by ``same_codes``."""
 
+    def equal(actual, expected):
+        for a, b in zip(actual, expected, strict=True):
+            if a.dtype in (E4M3, E5M2):
+                same_codes(a, b)
+            else:
+                assert a.dtype == b.dtype and torch.equal(a.cpu(), b)
 
-def equal(actual, expected):
-    """Every result but values: scales bitwise, codes by :func:`same_codes`."""
-    for a, b in zip(actual, expected, strict=True):
-        if a.dtype in (E4M3, E5M2):
-            same_codes(a, b)
-        else:
-            assert a.dtype == b.dtype and torch.equal(a.cpu(), b)
+    return equal
 
 
 def within(actual, truth, absolute, relative=RELATIVE):
@@ -152,7 +147,7 @@ def test_gradient_is_autograds(device, act, gated):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("group", "scale_dtype"), SCALES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activation_parity(twin, device, shape, group, scale_dtype, gated, codes):
+def test_activation_parity(twin, equal, device, shape, group, scale_dtype, gated, codes):
     dtype = torch.float32 if shape[0] % 2 else torch.bfloat16
     x, up = halves(*shape, dtype)
     moved, moved_up = to(device, torch.cat((x, up), dim=1))[0].chunk(2, dim=1)
@@ -167,7 +162,7 @@ def test_activation_parity(twin, device, shape, group, scale_dtype, gated, codes
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_activation_parity_of_each_function(twin, device, act):
+def test_activation_parity_of_each_function(twin, equal, device, act):
     x, up = halves(20, 200)
     for gated in (True, False):
         pair = x, up if gated else None
@@ -184,7 +179,7 @@ def test_activation_parity_of_each_function(twin, device, act):
 @pytest.mark.parametrize(("gated", "code_dtype"), [(True, E4M3), (True, E5M2), (False, E4M3)])
 @pytest.mark.parametrize(("group", "scale_dtype"), SCALES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_backward_parity(twin, device, shape, group, scale_dtype, gated, code_dtype):
+def test_backward_parity(twin, equal, device, shape, group, scale_dtype, gated, code_dtype):
     dtype, out_dtype = (torch.float32, torch.bfloat16) if shape[0] % 2 else (torch.bfloat16, torch.float32)
     dh = sample(*shape, dtype, seed=1)
     kept = kept_sample(*shape, gated, group, scale_dtype)
@@ -203,7 +198,7 @@ def test_backward_parity(twin, device, shape, group, scale_dtype, gated, code_dt
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_backward_parity_of_each_function(twin, device, act):
+def test_backward_parity_of_each_function(twin, equal, device, act):
     dh = sample(20, 200, seed=1)
     for gated in (True, False):
         kept = kept_sample(20, 200, gated)
@@ -217,7 +212,7 @@ def test_backward_parity_of_each_function(twin, device, act):
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("group", "scale_dtype"), SCALES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_transposed_parity(twin, device, shape, group, scale_dtype, gated):
+def test_transposed_parity(twin, same_codes, device, shape, group, scale_dtype, gated):
     kept = kept_sample(*shape, gated, group, scale_dtype)
     scale = torch.full((1, 1), 0.25)
     for act in ACTIVATIONS if shape == (37, 100) else ("silu",):
@@ -229,7 +224,7 @@ def test_transposed_parity(twin, device, shape, group, scale_dtype, gated):
 
 
 @pytest.mark.parametrize("width", [3000, 9000, 21000])
-def test_rows_of_many_tiles(twin, device, width):
+def test_rows_of_many_tiles(twin, equal, device, width):
     """Wider than a tile: held in registers, or computed twice."""
     for held in (twin.FORWARD_HELD, twin.BACKWARD_HELD):
         assert twin._tile(3000, 32, True, held)[2] == 3 and twin._tile(21000, 32, True, held)[2] == 0
@@ -244,7 +239,7 @@ def test_rows_of_many_tiles(twin, device, width):
     equal(actual, activation_backward_ref(dh, *arguments))
 
 
-def test_views(twin, device):
+def test_views(twin, equal, device):
     """Rows that lie apart, differently in x and up, and columns without unit stride."""
     wide = sample(40, 300).to(device)
     other = sample(40, 128, seed=1).to(device)

@@ -36,16 +36,6 @@ def twin(poisoned_memory, monkeypatch):
     return triton_module
 
 
-def same_codes(actual, expected):
-    """Codes at most one FP8 step apart, and at least 99.9 % equal (-0 and 0 are equal)."""
-    a, b = actual.cpu().float(), expected.cpu().float()
-    assert a.shape == b.shape and actual.dtype == expected.dtype
-    differ = a != b
-    assert differ.float().mean().item() <= 1e-3 if a.numel() else True
-    steps = (actual.cpu().view(torch.uint8).int() - expected.cpu().view(torch.uint8).int()).abs()
-    assert (steps[differ] <= 1).all()
-
-
 def error(actual, truth):
     return ((actual.cpu().double() - truth.cpu()).norm() / truth.cpu().norm().clamp(min=1e-300)).item()
 
@@ -98,7 +88,7 @@ def kept_case(shape, form, group, scale_dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [*SHAPES, WIDE])
-def test_norm_parity(twin, device, shape, form):
+def test_norm_parity(twin, same_codes, device, shape, form):
     center, offset, round_first, weight_dtype, bias_dtype, out_dtype = FORMS[form]
     group, scale_dtype = KEPT[(len(form) + shape[0]) % len(KEPT)]
     x = sample(*shape, FP32 if shape[0] == 37 else BF16)
@@ -185,7 +175,7 @@ def backward64(dy, x_q, x_s, mean, rstd, weight, offset, group, dx_dtype, dw, db
 
 @pytest.mark.parametrize("form", ["llama", "gemma", "no weight", "layernorm", "layernorm no bias"])
 @pytest.mark.parametrize("shape", [(1, 64), (37, 100), (40, 257), (70, 16), (0, 48)])
-def test_norm_transposed_parity(twin, device, shape, form):
+def test_norm_transposed_parity(twin, same_codes, device, shape, form):
     for group, scale_dtype in KEPT:
         forward, kept, bias, offset = kept_case(shape, form, group, scale_dtype)
         scale = forward[2].amax().view(1, 1) if shape[0] else torch.ones(1, 1)
@@ -297,7 +287,7 @@ def unpacked(stored):
     return (stored.int() << 23).view(FP32)
 
 
-def test_transposed_codes_are_those_of_the_output(device):
+def test_transposed_codes_are_those_of_the_output(same_codes, device):
     """Where x survives quantization, made again is made the same: what quantize makes of a float32 y."""
     x = sample(20, 96, FP32).to(device)
     x = ck.dequantize(*ck.quantize(x, E4M3, "group", group_size=32)[::2], group_size=32, dtype=FP32)
@@ -430,7 +420,7 @@ def test_bad_input_of_the_backward_is_named(change, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("shape", [(4099, 4096), (40000, 128), (70001, 64), (3000, 1024), (2050, 5120), (600, 8192)])
-def test_gpu_at_size(shape, center):
+def test_gpu_at_size(same_codes, shape, center):
     """Grids of the size they are meant for; the references run on the GPU too."""
     x, dy = sample(*shape).cuda(), sample(shape[0] + 1, shape[1]).cuda()[1:]
     weight, bias = to("cuda", *vectors(shape[1], BF16, BF16 if center else None))

@@ -21,16 +21,6 @@ def twin(poisoned_memory):
     return pytest.importorskip("coat_kernels.quantize_triton", reason="Triton is not installed")
 
 
-def same_codes(actual, expected):
-    """Codes at most one FP8 step apart, and at least 99.9 % equal (-0 and 0 are equal)."""
-    a, b = actual.cpu().float(), expected.cpu().float()
-    assert a.shape == b.shape and actual.dtype == expected.dtype
-    differ = a != b
-    assert differ.float().mean().item() <= 1e-3 if a.numel() else True
-    steps = (actual.cpu().view(torch.uint8).int() - expected.cpu().view(torch.uint8).int()).abs()
-    assert (steps[differ] <= 1).all()
-
-
 def sample(tokens, width, dtype=torch.bfloat16, device="cpu"):
     """Values over many binades, as activations have them, with a few exact zeros."""
     generator = torch.Generator().manual_seed(tokens * 7919 + width)
@@ -42,7 +32,7 @@ def sample(tokens, width, dtype=torch.bfloat16, device="cpu"):
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize(("shape", "granularity", "group"), CASES)
-def test_quantize_parity(twin, device, shape, granularity, group, power_of_two, dtype):
+def test_quantize_parity(twin, same_codes, device, shape, granularity, group, power_of_two, dtype):
     x = sample(*shape, torch.float32 if shape[0] % 2 else torch.bfloat16)
     for codes, transposed in ((True, False), (False, True), (True, True)):
         arguments = (dtype, granularity, group, power_of_two, None, codes, transposed, torch.float32, 0)
@@ -54,7 +44,7 @@ def test_quantize_parity(twin, device, shape, granularity, group, power_of_two, 
 
 
 @pytest.mark.parametrize(("granularity", "group"), RECIPES)
-def test_quantize_parity_given_scale_and_strided(twin, device, granularity, group):
+def test_quantize_parity_given_scale_and_strided(twin, same_codes, device, granularity, group):
     wide = sample(40, 300)
     x = wide[::2, 4:260]  # a view with rows apart
     scale = quantize_ref(x, E4M3, granularity, group, True, None, True, False)[2] * 4
@@ -74,7 +64,7 @@ STORED = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)
 
 @pytest.mark.parametrize(("scale_dtype", "power_of_two"), STORED)
 @pytest.mark.parametrize(("shape", "group"), [((1, 64), 16), ((37, 100), 16), ((37, 257), 128), ((0, 48), 16)])
-def test_group_scales_as_stored_parity(twin, device, shape, group, scale_dtype, power_of_two):
+def test_group_scales_as_stored_parity(twin, same_codes, device, shape, group, scale_dtype, power_of_two):
     x = sample(*shape, torch.float32)  # the interpreter reads subnormal BF16 numbers as zero
     if shape[0] > 4:
         x[1], x[2, 0], x[3, 0], x[4] = 0.0, float("nan"), float("inf"), 1e-39
@@ -104,7 +94,7 @@ ROWS = [((48, 16, 16), 64), ((37, 5, 70), 100), ((8, 0, 64), 48), ((1, 130), 257
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("granularity", "group"), RECIPES)
 @pytest.mark.parametrize(("tokens", "width"), ROWS)
-def test_rows_of_several_tensors(twin, device, tokens, width, granularity, group, given):
+def test_rows_of_several_tensors(twin, same_codes, device, tokens, width, granularity, group, given):
     """Equal to the concatenation, with zeros behind the last part only, for every layout."""
     parts = [sample(n, width) * 2.0**i for i, n in enumerate(tokens)]
     scale = quantize_ref(parts, E4M3, granularity, group, True, None, True, False)[2] * 2 if given else None
@@ -120,7 +110,7 @@ def test_rows_of_several_tensors(twin, device, tokens, width, granularity, group
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("widths", [(300, [5]), (64, [7, 33]), (4100, [2, 1])])
-def test_dither(twin, device, widths, dtype):
+def test_dither(twin, same_codes, device, widths, dtype):
     """One factor for all rows, also of several tensors; every amax fits, and no scale is more than twice too large."""
     width, rows = widths
     parts = [sample(n, width, dtype) for n in rows]
@@ -166,7 +156,7 @@ COLUMNS = [(5, (64, 64)), (37, (64, 16, 16)), (7, (100, 1, 33, 257)), (3, (16, 0
     [("token", 0, True), ("token", 0, False), ("tensor", 0, True), ("group", 16, True)],
 )
 @pytest.mark.parametrize(("tokens", "widths"), COLUMNS)
-def test_columns_of_several_tensors(twin, device, tokens, widths, granularity, group, power_of_two):
+def test_columns_of_several_tensors(twin, same_codes, device, tokens, widths, granularity, group, power_of_two):
     """Equal to the concatenation, also of parts whose rows lie apart, each by another stride."""
     whole = [sample(tokens, n + 8 * i) for i, n in enumerate(widths)]
     parts = [x[:, 8 * i :] for i, x in enumerate(whole)]
@@ -180,7 +170,7 @@ def test_columns_of_several_tensors(twin, device, tokens, widths, granularity, g
         same_codes(actual[1], expected[1])
 
 
-def test_columns_wider_than_a_block(twin, device):
+def test_columns_wider_than_a_block(twin, same_codes, device):
     """The largest magnitude may lie in the part of a row that is read twice."""
     parts = [torch.full((2, n), 2.0**-i) for i, n in enumerate((16500, 24))]
     parts[0][1, 16450] = 100.0
@@ -212,7 +202,7 @@ def test_dequantize_parity(twin, device, granularity, group, dtype):
 @pytest.mark.parametrize("shape", [(1, 64), (37, 100), (130, 257)])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("move", [True, False])
-def test_transpose_parity(twin, device, shape, dtype, move):
+def test_transpose_parity(twin, same_codes, device, shape, dtype, move):
     x_q, _, x_s = quantize_ref(sample(*shape), dtype, "token", 0, True, None, True, False)
     scale = x_s if move else None
     expected, actual = (
