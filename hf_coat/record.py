@@ -12,8 +12,11 @@ Version 1 of the record:
     steps            optimizer steps done so far
     resumed_at       the steps at which the run was resumed, in order
     throughput       the rates that Trainer logs at its end, by their names there
-    memory           bytes: ``weights``, ``optimizer_states``, ``adamw_states`` (what two moments in the parameters'
-                     dtype would be: arithmetic, not measured), ``peak`` of the CUDA allocator or null
+    memory           bytes that one process holds: ``weights``, ``gradients`` (before the first step of the optimizer;
+                     missing without live figures), ``optimizer_states``, ``adamw_states`` (what two moments in the
+                     parameters' dtype would be: arithmetic, not measured), ``peak`` of the CUDA allocator or null
+    rounding         what rounding to FP8 cost, see :mod:`hf_coat.live`: ``steps`` at which it was measured, and
+                     ``errors``, from "kind layer" to as many errors or null; null if it was not measured
     skipped_groups   groups of optimizer states that were skipped because a gradient was not finite
     log              Trainer's log: dicts with ``step``, ``loss``, ``eval_loss`` and what else it was given
 
@@ -79,6 +82,7 @@ def run_record(
     resumed_at: Sequence[int],
     throughput: Mapping[str, float],
     memory: Mapping[str, int | None],
+    rounding: Mapping[str, Any] | None,
     skipped_groups: int,
     log: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def run_record(
     record = {
         "schema_version": SCHEMA_VERSION, "coat": coat, "model": model, "conversion": conversion,
         "versions": versions(), "hardware": hardware, "steps": steps, "resumed_at": list(resumed_at),
-        "throughput": throughput, "memory": memory, "skipped_groups": skipped_groups, "log": log,
+        "throughput": throughput, "memory": memory, "rounding": rounding, "skipped_groups": skipped_groups, "log": log,
     }  # fmt: skip
     return _finite(record)
 

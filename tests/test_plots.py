@@ -21,6 +21,7 @@ def record(steps=3, **changes):
         "model": {"class": "LlamaForCausalLM", "parameters": 10**9, "trainable": 10**9, "dtypes": {}},
         "hardware": {"device": "NVIDIA H200", "memory_bytes": 150 * 10**9, "processes": 1}, "steps": steps,
         "resumed_at": [], "throughput": {"train_tokens_per_second": 1000.0}, "skipped_groups": 0,
+        "rounding": None,
         "memory": {"weights": 2 * 2**30, "optimizer_states": 2**31, "adamw_states": 2**32, "peak": 9 * 2**30},
         "log": log,
     }  # fmt: skip
