@@ -129,6 +129,7 @@ def fake_twin(
         return nn.Parameter(like, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else like
 
     model = copy.deepcopy(model, {id(t): fake(t) for t in tensors_of(model)})
+    vars(model).pop("forward", None)  # accelerate's, which calls the live model; its autocast is the caller's
     batch = {name: fake(value) for name, value in batch.items()}
     with mode, _RealIntegers():
         yield model, batch

@@ -34,11 +34,12 @@ from ..convert import ConversionReport, apply_coat
 from ..families import is_adapted
 from ..functional import WeightCache
 from ..live import EVERY, GIB, Rounding, RoundingHistory, Speed, by_kind, peak_flops
+from ..memory import predict
 from ..optim import OPTIMIZERS, CoatOptimizer, GradientRelease, muon_groups
 from ..optim.sharding import local
 from ..probe import Probe
 from ..record import RUN_NAME, about_model, hardware, read_run, run_record, write_run
-from ..report import format_bytes
+from ..report import format_bytes, memory_table
 from .checks import check_model, check_release, check_run, loaded_with
 
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
@@ -215,6 +216,7 @@ class CoatCallback(TrainerCallback):
         self._rounding: Rounding | None = None
         self._history = RoundingHistory()
         self._epoch_begins = False
+        self._batch: dict[str, Any] | None = None  # the first one, for the estimate at the end
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -315,11 +317,25 @@ class CoatCallback(TrainerCallback):
         if self._speed is not None and converted and _is_measured(args, state, self._epoch_begins):
             self._rounding = Rounding(model).__enter__()
         self._epoch_begins = False
+        if self._speed is not None and self._batch is None and args.world_size == 1 and not args.torch_compile:
+            self._remember_batch(model)
         if self.probe is not None:  # of a step that was given up
             self.probe.__exit__()
             self.probe = None
         if converted and self.report.regions and state.global_step < self.coat.model.probe_steps:
             self.probe = Probe(model, self.coat.model).__enter__()
+
+    def _remember_batch(self, model: nn.Module) -> None:
+        """Keep what the next forward gets: of floats the shapes, of integers the values, which models look into."""
+
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            handle.remove()
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            there = {name: "meta" if value.is_floating_point() else "cpu" for name, value in tensors.items()}
+            self._batch = kwargs | {name: value.detach().to(there[name]) for name, value in tensors.items()}
+
+        self._batch = {}
+        handle = model.register_forward_pre_hook(see, with_kwargs=True)
 
     def _end_rounding(self) -> None:
         if self._rounding is not None:
@@ -409,6 +425,33 @@ class CoatCallback(TrainerCallback):
         if isinstance(optimizer, CoatOptimizer) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
             logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
+        if self._batch and state.is_world_process_zero:
+            logger.warning(f"COAT: {self._savings(args, model, optimizer)}")
+            self._batch = None
+
+    def _savings(self, args, model: nn.Module, optimizer: Optimizer) -> str:
+        """The table of what was saved: a BF16 run is predicted, and beside the prediction of this one stands the run.
+
+        An estimate that fails, for whatever a model does on tensors without memory, may not end a training.
+        """
+        batch = {
+            k: v.to(args.device) if isinstance(v, torch.Tensor) and not v.is_meta else v
+            for k, v in self._batch.items()
+        }
+        ours = self.coat.optimizer if isinstance(optimizer, CoatOptimizer) else None
+        mixed = AcceleratorState().mixed_precision == "bf16"
+        try:
+            with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=mixed):
+                without, coat = (
+                    predict(model, batch, coat=False, optimizer=None),
+                    predict(model, batch, optimizer=ours),
+                )
+        except Exception as error:
+            return f"there is no estimate of the memory without COAT, because it failed: {error!r}"
+        table = memory_table(without, coat, self._memory(args, model, optimizer), baseline="AdamW")
+        return (
+            f"{table}\n'predicted' is an estimate for one forward of this run's first batch; only 'measured' was run"
+        )
 
     def _write(self, args, state, model: nn.Module, optimizer, *folders: str) -> None:
         if self.coat is None or not args.should_save:

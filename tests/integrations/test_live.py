@@ -10,6 +10,8 @@ from transformers import Trainer, TrainerCallback
 from hf_coat import CoatConfig, HfCoatConfig, TrainingArguments, apply_coat
 from hf_coat.functional import Watcher, WeightCache, coat_linear, coat_norm
 from hf_coat.live import EVERY, MEASURES, MOST_SAMPLES, Rounding, RoundingHistory, Speed, peak_flops
+from hf_coat.memory import predict
+from hf_coat.report import format_bytes
 
 ROUNDING = 0.026  # of values that lie within the normal numbers of E4M3
 LEAN = {"activations": "lean"}
@@ -88,6 +90,34 @@ def test_what_is_shown(run, tmp_path):
     ]
     assert record["rounding"]["steps"] == [1] and all(len(row) == 1 for row in rows.values())
     assert record["memory"]["gradients"] == 4 * parameters
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True, "use_cpu": True}])
+def test_the_table_at_the_end(run, tools, heard, changes):
+    trained, _ = run(coat={"model": LEAN}, **changes)
+    (said,) = [line for line in heard.lines if "Memory of one training step" in line]
+    rows = {line.split("  ")[0].strip(): line.split()[-7:] for line in said.splitlines()}
+    sizes = [p.nbytes for p in trained.model.parameters()]
+    adamw, ours = 2 * sum(sizes) + 4 * len(sizes), trained.optimizer.optimizer.state_bytes()  # 4: the number of steps
+    expected = " ".join([format_bytes(adamw), format_bytes(ours), format_bytes(ours), f"{adamw / ours:.2f}x"])
+    assert " ".join(rows["optimizer states"]) == expected
+    assert rows["gradients"] == [*format_bytes(sum(sizes)).split()] * 3 + ["1.00x"]
+    assert float(rows["saved activations"][-1][:-1]) > 1.5 and rows["saved activations"][-2] == "-"
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(changes)):
+        batch = {
+            name: torch.stack([row[name] for row in tools.random_tokens()[:2]]) for name in ("input_ids", "labels")
+        }
+        predicted = predict(trained.model, batch).activations
+    assert format_bytes(predicted) in " ".join(rows["saved activations"])
+    assert "only 'measured' was run" in said
+
+
+def test_an_estimate_that_fails_does_not_end_the_training(run, heard, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("a model that looks into its values")
+
+    monkeypatch.setattr("hf_coat.integrations.trainer.predict", fail)
+    assert run()[0].state.global_step == 2 and "no estimate of the memory without COAT" in heard
 
 
 def test_steps_that_are_measured(run):
