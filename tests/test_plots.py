@@ -112,3 +112,20 @@ def test_strip_command(tmp_path, capsys):
     foreign = json.dumps(plain | {"quantization_config": {"quant_method": "fp8"}})
     (tmp_path / "config.json").write_text(foreign)
     assert cli.main(["strip", str(tmp_path)]) == 0 and (tmp_path / "config.json").read_text() == foreign
+
+
+def test_bench_command(tmp_path, capfd, monkeypatch):
+    """A script that stands for a benchmark: what it is given, and what comes of its end."""
+    monkeypatch.setattr(cli, "BENCHMARKS", tmp_path)
+    assert cli.main(["bench", "lora"]) == 1
+    assert "there is no lora.py" in (said := capfd.readouterr().err) and "pip install -e ." in said
+    (tmp_path / "peers.py").write_text("import sys; print(sys.argv[1:]); sys.exit('--tiny' not in sys.argv)")
+    assert cli.main(["bench", "stack", "--peers", "bf16", "lean", "--tiny"]) == 0
+    assert "['stack', '--peers', 'bf16', 'lean', '--tiny']" in capfd.readouterr().out
+    assert cli.main(["bench"]) == 1 and "peers.py layer ended with exit status 1" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["strip", str(tmp_path), "--tiny"])
+
+
+def test_each_case_has_its_script():
+    assert all((cli.BENCHMARKS / script).is_file() for script, *_ in cli.CASES.values())
