@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"  # there in a checkout, no
 CASES = {
     **{case: ("peers.py", case) for case in ("layer", "stack", "step", "small", "shapes")},
     **{case: ("vlm.py", case) for case in ("llava", "qwen")},
-    **{case: (f"{case}.py",) for case in ("linear", "lora", "optimizer")},
+    **{case: (f"{case}.py",) for case in ("linear", "lora", "optimizer", "live")},
 }
 
 
