@@ -1,4 +1,5 @@
-"""``hf-coat``: memory before a run, the story of a run after it, and our marks removed from a checkpoint.
+"""``hf-coat``: memory before a run, the story of a run after it, this machine's figures beside those of the peers, and
+our marks removed from a checkpoint.
 
 What a command needs is imported when it runs, so that ``hf-coat --help`` costs nothing.
 """
@@ -6,11 +7,21 @@ What a command needs is imported when it runs, so that ``hf-coat --help`` costs 
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 BF16 = "bf16"  # no preset: torch.optim.AdamW and the model as it is
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"  # there in a checkout, not in an installed package
+# What can be benchmarked, and by which script with which arguments.
+CASES = {
+    **{case: ("peers.py", case) for case in ("layer", "stack", "step", "small", "shapes")},
+    **{case: ("vlm.py", case) for case in ("llava", "qwen")},
+    **{case: (f"{case}.py",) for case in ("linear", "lora", "optimizer", "live")},
+}
 
 
 def _estimate(options: argparse.Namespace) -> str:
@@ -57,6 +68,19 @@ def _report(options: argparse.Namespace) -> str:
     records = {name: read_run(run) for name, run in zip(names, options.runs, strict=True)}
     files = write_page(records, options.output or options.runs[0])
     return "\n".join(map(str, files))
+
+
+def _bench(options: argparse.Namespace) -> str:
+    script, *arguments = CASES[options.case]
+    if not (BENCHMARKS / script).is_file():
+        raise FileNotFoundError(
+            f"the benchmarks come with hf_coat's sources, not with the installed package, and there is no {script} in "
+            f"{str(BENCHMARKS)!r}: unpack or clone the sources, run pip install -e . in their folder, and then this"
+        )
+    code = subprocess.run([sys.executable, str(BENCHMARKS / script), *arguments, *options.rest]).returncode
+    if code:
+        raise RuntimeError(f"benchmarks/{script} {' '.join(arguments)} ended with exit status {code}")
+    return f"what is measured, and how, is told at the top of benchmarks/{script}"
 
 
 def _strip(options: argparse.Namespace) -> str:
@@ -124,6 +148,16 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--output", help="folder for the files (that of the first run)")
 
     new = commands.add_parser(
+        "bench",
+        help="the project's benchmarks on this machine, with the peers that are installed",
+        description="Run a benchmark of the project's, from a checkout of its sources: COAT beside the peers that are "
+        "installed; the others are named and skipped. Other options are the script's own, such as --peers, --tiny and "
+        "--json FILE; CASE comes before them.",
+    )
+    new.set_defaults(run=_bench)
+    new.add_argument("case", nargs="?", default="layer", choices=CASES, metavar="CASE", help=f"{', '.join(CASES)}")
+
+    new = commands.add_parser(
         "strip",
         help="remove our marks from a checkpoint's config.json",
         description="Remove the quantization_config of COAT's from a config.json, for tools that reject a method "
@@ -143,7 +177,10 @@ def _positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 1 with the reason on the standard error."""
-    options = parser().parse_args(arguments)
+    top = parser()
+    options, options.rest = top.parse_known_args(arguments)
+    if options.rest and options.run is not _bench:
+        top.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         sys.stdout.write(options.run(options) + "\n")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -331,6 +331,8 @@ class HfCoatConfig:
     Args:
         model: What happens to the model; None leaves it as it is.
         optimizer: What happens to the optimizer; None leaves it to ``TrainingArguments(optim=...)``.
+        live: Whether a Trainer's log gets figures of speed, memory and rounding, see :mod:`hf_coat.live`. They change
+            nothing in the training.
 
     Raises:
         TypeError: For an unknown key or a value of the wrong type.
@@ -339,6 +341,7 @@ class HfCoatConfig:
 
     model: CoatConfig | None = field(default_factory=CoatConfig)
     optimizer: CoatOptimizerConfig | None = field(default_factory=CoatOptimizerConfig)
+    live: bool = True
 
     def __post_init__(self):
         if isinstance(self.model, dict):
@@ -349,6 +352,7 @@ class HfCoatConfig:
             value = getattr(self, key)
             if not isinstance(value, (kind, type(None))):
                 raise TypeError(f"HfCoatConfig.{key} is {value!r}; it must be a {kind.__name__}, a dict or None")
+        _check_boolean(self, "live")
         if self.model is None and self.optimizer is None:
             raise ValueError("HfCoatConfig.model and HfCoatConfig.optimizer are both None: nothing is left to do")
 

@@ -42,7 +42,7 @@ class MemoryBreakdown:
 
     Args:
         weights: Parameters and buffers, tied ones once.
-        gradients: Gradients of the trainable parameters.
+        gradients: Gradients of the trainable parameters; the largest of them where each is released by itself.
         optimizer_states: Tensors in the optimizer's state.
         activations: What autograd holds between forward and backward, without parameters, buffers and batch.
         peak: The CUDA allocator's high-water mark since the process began or its last reset; None elsewhere.
@@ -95,9 +95,10 @@ def predict(
     trainable = [p for p in model.parameters() if p.requires_grad]
     muon = optimizer is not None and optimizer.name is OptimizerName.MUON
     matrices = {p for group in muon_groups(model) if group["use_muon"] for _, p in group["params"]} if muon else ()
+    released = optimizer is not None and optimizer.gradient_release
     return MemoryBreakdown(
         weights=distinct_bytes(tensors_of(model)),
-        gradients=distinct_bytes(trainable),
+        gradients=max((p.nbytes for p in trainable), default=0) if released else distinct_bytes(trainable),
         optimizer_states=sum(_state_bytes(p, optimizer, p in matrices) for p in trainable),
         activations=activations,
     )
@@ -128,6 +129,7 @@ def fake_twin(
         return nn.Parameter(like, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else like
 
     model = copy.deepcopy(model, {id(t): fake(t) for t in tensors_of(model)})
+    vars(model).pop("forward", None)  # accelerate's, which calls the live model; its autocast is the caller's
     batch = {name: fake(value) for name, value in batch.items()}
     with mode, _RealIntegers():
         yield model, batch

@@ -15,6 +15,7 @@ states, and beside them whole: the weights of the unit that runs, of the next on
 gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts.
 """
 
+import math
 import warnings
 import weakref
 from collections import Counter
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .memory import MemoryBreakdown, distinct_bytes, fake_twin, tensors_of
+from .optim import GradientRelease
 
 ALIGNMENT = 512  # the CUDA allocator rounds every request up to a multiple of this
 WORKSPACE = 2 * 32 * 2**20  # of cuBLAS on Hopper: 32 MiB for the forward's thread and as much for the backward's
@@ -48,7 +50,8 @@ class StepEstimate:
     """Bytes of a training step on each GPU, predicted.
 
     Args:
-        weights, gradients, optimizer_states: What the whole step holds, or the gradients at the step's end.
+        weights, optimizer_states: What the whole step holds.
+        gradients: The most that are there at once.
         activations: What autograd holds between forward and backward.
         logits: The most that tensors of the logits' size take at once; they are among the activations too.
         peak: What ``torch.cuda.max_memory_allocated`` is expected to say.
@@ -146,6 +149,7 @@ def estimate_step(
     autocast: torch.dtype | None = None,
     accumulate: bool = False,
     max_grad_norm: float = 1.0,
+    gradient_release: bool = False,
 ) -> StepEstimate:
     """Predict the memory of a training step as the stock Trainer makes it.
 
@@ -158,6 +162,7 @@ def estimate_step(
         autocast: Dtype of the autocast that the training runs in, if any.
         accumulate: Whether gradients of earlier microbatches are there already.
         max_grad_norm: As in ``TrainingArguments``; 0 clips nothing.
+        gradient_release: Whether :class:`hf_coat.GradientRelease` steps each parameter inside the backward.
 
     Raises:
         RuntimeError: As :func:`hf_coat.memory.predict`.
@@ -175,7 +180,16 @@ def estimate_step(
             for tensor in tensors:
                 watch.see(tensor, kind)
         batch_tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-        hooks = [p.register_post_accumulate_grad_hook(lambda p: watch.see(p.grad, "gradients")) for p in trainable]
+        most_gradients = 0
+
+        def count(p: torch.Tensor) -> None:
+            nonlocal most_gradients
+            watch.see(p.grad, "gradients")
+            most_gradients = max(most_gradients, watch.now["gradients"])
+
+        hooks = [p.register_post_accumulate_grad_hook(count) for p in trainable]
+        if gradient_release:  # its hooks come after those
+            GradientRelease(optimizer, max_norm=max_grad_norm or math.inf)
         if accumulate:
             for p in trainable:
                 p.grad = torch.zeros_like(p)
@@ -190,12 +204,12 @@ def estimate_step(
             loss.backward()
             del loss
             watch.phase = "optimizer"
-            if max_grad_norm:
+            if max_grad_norm and not gradient_release:
                 nn.utils.clip_grad_norm_(trainable, max_grad_norm)
             optimizer.step()
         for hook in hooks:
             hook.remove()
-        weights, states, gradients = (watch.now[kind] for kind in ("weights", "optimizer_states", "gradients"))
+        weights, states = watch.now["weights"], watch.now["optimizer_states"]
         at_peak = dict(watch.at_peak)
         at_peak["working set"] = at_peak.get("working set", 0)
         if gpus > 1:
@@ -203,7 +217,14 @@ def estimate_step(
         at_peak["workspace"] = WORKSPACE
         at_peak["batch"] = distinct_bytes(batch_tensors)
     return StepEstimate(
-        weights, gradients, states, activations, watch.most_logits, sum(at_peak.values()), watch.peak_phase, at_peak
+        weights,
+        most_gradients,
+        states,
+        activations,
+        watch.most_logits,
+        sum(at_peak.values()),
+        watch.peak_phase,
+        at_peak,
     )
 
 

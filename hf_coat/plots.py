@@ -17,7 +17,8 @@ from .report import NAMES
 Records = Mapping[str, Mapping[str, Any]]  # by the name of a run
 MOST_POINTS = 1000  # of a curve: more than there are pixels
 COLOURS = ("#1f77b4", "#d95f02", "#4d9221", "#762a83")
-MEMORY = ("weights", "optimizer_states")
+MEMORY = ("weights", "gradients", "optimizer_states")
+FITS, TOO_MUCH = 0.02, 0.08  # errors at the ends of the colours: 0.026 is what rounding costs where the scales fit
 
 
 def write_page(records: Records, folder: str | os.PathLike) -> list[Path]:
@@ -29,7 +30,7 @@ def write_page(records: Records, folder: str | os.PathLike) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files, pictures = [], []
-    for name, draw in (("loss", _loss), ("memory", _memory)):
+    for name, draw in (("loss", _loss), ("throughput", _throughput), ("memory", _memory), ("rounding", _rounding)):
         figure = draw(records)
         if figure is None:
             continue
@@ -51,13 +52,14 @@ def curve(log: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list
     return [piece[-1][0] for piece in pieces], [sum(v for _, v in piece) / len(piece) for piece in pieces]
 
 
-def _figure(height: float = 3.6):
+def _figure(height: float = 3.6, columns: int = 0):
+    """A figure and its axes, or as many of them side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'hf-coat[plot]'") from error
     figure = Figure(figsize=(9, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns, squeeze=False)[0] if columns else figure.subplots()
 
 
 def _finish(axes, title: str, x: str, y: str, legend: bool = True) -> None:
@@ -92,6 +94,58 @@ def _loss(records: Records):
     return figure
 
 
+def _throughput(records: Records):
+    figure, axes = _figure()
+    drawn = False
+    for (name, record), colour in zip(records.items(), COLOURS, strict=False):
+        steps, values = curve(record["log"], "coat/tokens_per_second")
+        if steps:
+            used = curve(record["log"], "coat/mfu")[1]
+            label = f"{name}, {sum(used) / len(used):.0%} of the GPUs' dense BF16 peak" if used else name
+            _line(axes, steps, values, color=colour, linestyle="-", label=label)
+            drawn = True
+    if not drawn:
+        return None
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
+    _finish(axes, "Throughput, of all GPUs together", "optimizer step", "tokens per second")
+    _whole_steps(axes)
+    return figure
+
+
+def _rounding(records: Records):
+    """A map for each run that was measured: a row for each kind and layer, and a column for each measurement."""
+    measured = {name: record["rounding"] for name, record in records.items() if record.get("rounding")}
+    if not measured:
+        return None
+    rows = max(len(found["errors"]) for found in measured.values())
+    figure, all_axes = _figure(min(2.0 + 0.18 * rows, 9), columns=len(measured))
+    for axes, (name, found) in zip(all_axes, measured.items(), strict=True):
+        steps, labels = found["steps"], list(found["errors"])
+        values = [[float("nan") if e is None else e for e in row] for row in found["errors"].values()]
+        mesh = axes.pcolormesh(
+            _edges(steps), range(len(labels) + 1), values, cmap="viridis", vmin=FITS, vmax=TOO_MUCH, rasterized=True
+        )
+        every = -(-len(labels) // 40)
+        axes.set_yticks([i + 0.5 for i in range(0, len(labels), every)], labels[::every], fontsize=7)
+        axes.set_facecolor("#dddddd")  # not measured, or not a number
+        axes.invert_yaxis()
+        _finish(axes, name, "optimizer step", "", legend=False)
+        _whole_steps(axes, most=8 // len(measured))
+        axes.grid(visible=False)
+    figure.colorbar(mesh, ax=list(all_axes), label="relative error", extend="both", format="%.2f")
+    figure.suptitle("What rounding to FP8 costs, by kind and layer", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _edges(steps: Sequence[int]) -> list[float]:
+    """Where columns begin and end: halfway between two steps; at the sides as far as to the neighbour."""
+    inner = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]
+    if not inner:
+        return [steps[0] - 0.5, steps[0] + 0.5]
+    return [2 * steps[0] - inner[0], *inner, 2 * steps[-1] - inner[-1]]
+
+
 def _memory(records: Records):
     """What is known, one bar above the other; the allocator's peak as a line across the bar."""
     figure, axes = _figure(1.6 + 0.7 * len(records))
@@ -124,10 +178,10 @@ def _largest(records: Records) -> int:
     return max((size or 0 for record in records.values() for size in record["memory"].values()), default=0)
 
 
-def _whole_steps(axes) -> None:
+def _whole_steps(axes, most: int = 8) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 

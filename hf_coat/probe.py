@@ -19,11 +19,11 @@ from coat_kernels.formats import scale_from_amax
 from torch import nn
 
 from .config import CoatConfig, Region
+from .functional import sampled
 from .modules import CoatLinear
 from .policy import Policy, is_model, text_config
 
 LIMIT = 0.04  # one and a half times what rounding costs a token that its scale fits
-MOST_TOKENS = 512  # of a modality that are looked at in a linear
 MODALITIES = ("image", "text")
 TOKEN_IDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -92,8 +92,7 @@ class Probe:
         for modality, chosen in (("image", image), ("text", ~image)):
             at = chosen.nonzero().flatten()
             if len(at):
-                at = at[:: -(-len(at) // MOST_TOKENS)]
-                self.measured[name, modality] = self._figures(rows[at].float(), largest)
+                self.measured[name, modality] = self._figures(rows[sampled(at)].float(), largest)
 
     def _figures(self, x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
         """Error and kurtosis of tokens [T, K], in a linear whose largest value is ``largest``."""

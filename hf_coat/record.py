@@ -15,8 +15,11 @@ Version 1 of the record:
     speedup          ``factor``: how many times as fast as in BF16 a decoder layer was measured to be on ``gpu``, of
                      this ``hidden`` size and with as many ``tokens`` as the run's first batch has on a GPU (see
                      hf_coat.pays); null for what was not measured
-    memory           bytes: ``weights``, ``optimizer_states``, ``adamw_states`` (what two moments in the parameters'
-                     dtype would be: arithmetic, not measured), ``peak`` of the CUDA allocator or null
+    memory           bytes that one process holds: ``weights``, ``gradients`` (before the first step of the optimizer;
+                     missing without live figures), ``optimizer_states``, ``adamw_states`` (what two moments in the
+                     parameters' dtype would be: arithmetic, not measured), ``peak`` of the CUDA allocator or null
+    rounding         what rounding to FP8 cost, see :mod:`hf_coat.live`: ``steps`` at which it was measured, and
+                     ``errors``, from "kind layer" to as many errors or null; null if it was not measured
     skipped_groups   groups of optimizer states that were skipped because a gradient was not finite
     log              Trainer's log: dicts with ``step``, ``loss``, ``eval_loss`` and what else it was given
 
@@ -83,6 +86,7 @@ def run_record(
     throughput: Mapping[str, float],
     speedup: Mapping[str, Any] | None,
     memory: Mapping[str, int | None],
+    rounding: Mapping[str, Any] | None,
     skipped_groups: int,
     log: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -90,7 +94,8 @@ def run_record(
     record = {
         "schema_version": SCHEMA_VERSION, "coat": coat, "model": model, "conversion": conversion,
         "versions": versions(), "hardware": hardware, "steps": steps, "resumed_at": list(resumed_at),
-        "throughput": throughput, "speedup": speedup, "memory": memory, "skipped_groups": skipped_groups, "log": log,
+        "throughput": throughput, "speedup": speedup, "memory": memory, "rounding": rounding,
+        "skipped_groups": skipped_groups, "log": log,
     }  # fmt: skip
     return _finite(record)
 

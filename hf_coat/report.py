@@ -49,7 +49,8 @@ def memory_table(
 
     Args:
         bf16_predicted, coat_predicted: A ``MemoryBreakdown`` of :mod:`hf_coat.memory`, or the dict it writes.
-        coat_measured, bf16_measured: The same of a live model; a column without figures is left out.
+        coat_measured, bf16_measured: The same of a live model, or those classes that are known; a column without
+            figures is left out.
         baseline: What the model without COAT is, for the heading.
 
     Returns:
@@ -128,7 +129,8 @@ def _record(breakdown) -> Mapping[str, int | None]:
     if breakdown is None:
         return {}
     record = asdict(breakdown) if is_dataclass(breakdown) else breakdown
-    return {**record, "total": sum(record[name] for name in CLASSES)}
+    known = [record.get(name) for name in CLASSES]
+    return {**record, "total": None if None in known else sum(known)}
 
 
 def _render(

@@ -19,6 +19,7 @@ LEVELS = [
         "hf_coat.card",
         "hf_coat.convert",
         "hf_coat.families",
+        "hf_coat.live",
         "hf_coat.memory",
         "hf_coat.pays",
         "hf_coat.peak",

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, Gemma3Config, LlamaConfig, LlavaConfig, Qwen2VLConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_coat import CoatAdamW, cli
+from hf_coat import CoatAdamW, HfCoatConfig, cli
 from hf_coat.config import PRESETS
 from hf_coat.integrations.estimate import Training, batch_of, estimate, ghost, largest_batch
 from hf_coat.memory import predict
@@ -109,14 +109,31 @@ def test_classes_are_those_of_predict(coat):
 def test_what_moves_it():
     full = of()
     assert of(batch=4).peak > full.peak and of(batch=4).weights == full.weights
-    assert of(lora=4).gradients < full.gradients / 4 and of(lora=4).weights > full.weights
+    plain = of(coat=None)
+    assert of(lora=4).gradients < full.gradients / 4 and of(lora=4, coat=None).weights > plain.weights
+    assert of(lora=4).weights < full.weights, "the frozen base is stored as FP8"
     assert of(checkpointing=True, length=256).activations < of(length=256).activations
     assert of(accumulate=True).at_peak["gradients"] >= full.gradients
     shared = of(gpus=4)
     assert full.weights / 4 <= shared.weights < full.weights / 4 + 512 * 40
     assert shared.at_peak["whole units"] > 0 and shared.activations == full.activations
     assert of(dtype="float32").weights == pytest.approx(2 * full.weights, rel=0.02)  # buffers are float32 anyway
-    assert of(coat=None).logits > of().logits
+    assert plain.logits > full.logits
+
+
+def test_gradients_that_are_released():
+    """One gradient at a time, in every class of the prediction; all of them, and the clipping's copies, without."""
+    recipe = {"optimizer": {"gradient_release": True}}
+    one, all_of_them = of(coat=recipe), of(coat="lean")
+    largest = max(p.nbytes for p in ghost(Training(LLAMA))[0].parameters())
+    assert one.gradients == largest < all_of_them.gradients / 2
+    assert (one.weights, one.optimizer_states) == (all_of_them.weights, all_of_them.optimizer_states)
+    assert one.at_peak.get("gradients", 0) <= largest and one.peak < all_of_them.peak
+    model, batch = ghost(Training(LLAMA))[0], (2, 64)
+    optimizer = HfCoatConfig.resolve(recipe).optimizer
+    assert predict(model, batch, optimizer=optimizer).gradients == largest
+    with pytest.raises(ValueError, match="gradient_release=True steps each parameter in every backward"):
+        of(coat=recipe, accumulate=True)
 
 
 @pytest.mark.parametrize("config", [LLAVA, QWEN2_VL, GEMMA3], ids=lambda config: config.model_type)

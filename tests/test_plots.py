@@ -8,20 +8,29 @@ from transformers import LlamaConfig
 
 from hf_coat import CoatConfig, HfCoatConfig, cli
 from hf_coat.card import BEGIN, run_metadata, run_section, with_section
+from hf_coat.live import KINDS, RoundingHistory
 from hf_coat.plots import MOST_POINTS, curve, write_page
 from hf_coat.record import read_run, run_record, write_run
+
+ROUNDED = 0.026
 
 
 def record(steps=3, **changes):
     """A run of so many steps."""
     log = [{"step": step, "loss": 2 + 1 / step} for step in range(1, steps + 1)]
+    for row in log:
+        row |= {"coat/tokens_per_second": 5e4 + row["step"] % 7, "coat/mfu": 0.41}
     log.append({"step": steps, "eval_loss": 2.5})
+    history = RoundingHistory()
+    for step in (1, *range(20, steps + 1, 20)):
+        history.add(step, {(f"model.layers.{i}", kind): {"error": ROUNDED} for i in range(16) for kind in KINDS})
     settings = {
         "coat": HfCoatConfig.resolve("lean").to_dict(), "conversion": None,
         "model": {"class": "LlamaForCausalLM", "parameters": 10**9, "trainable": 10**9, "dtypes": {}},
         "hardware": {"device": "NVIDIA H200", "memory_bytes": 150 * 10**9, "processes": 1}, "steps": steps,
         "resumed_at": [], "throughput": {"train_tokens_per_second": 1000.0}, "skipped_groups": 0,
         "speedup": {"factor": 0.8, "hidden": 4096, "tokens": 2048, "gpu": "NVIDIA H200"},
+        "rounding": history.to_dict(),
         "memory": {"weights": 2 * 2**30, "optimizer_states": 2**31, "adamw_states": 2**32, "peak": 9 * 2**30},
         "log": log,
     }  # fmt: skip
@@ -31,15 +40,15 @@ def record(steps=3, **changes):
 @pytest.mark.parametrize("steps", [1, 10_000])
 def test_page(tmp_path, steps):
     files = write_page({"one": record(steps), "other & <b>": record(max(1, steps // 2))}, tmp_path)
-    assert [file.name for file in files] == ["loss.png", "memory.png", "report.html"]
+    assert [file.name for file in files] == ["loss.png", "throughput.png", "memory.png", "rounding.png", "report.html"]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files[:-1])
     page = files[-1].read_text()
-    assert page.count('src="data:image/png;base64,') == page.count("src=") == 2 and "href" not in page
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 4 and "href" not in page
     assert "other &amp; &lt;b&gt;" in page and "<b>" not in page
 
 
 def test_no_figures_no_picture(tmp_path):
-    bare = record(log=[], memory={"peak": None})
+    bare = record(log=[], memory={"peak": None}, rounding=None)
     assert [file.name for file in write_page({"bare": bare}, tmp_path)] == ["report.html"]
 
 
@@ -104,3 +113,20 @@ def test_strip_command(tmp_path, capsys):
     foreign = json.dumps(plain | {"quantization_config": {"quant_method": "fp8"}})
     (tmp_path / "config.json").write_text(foreign)
     assert cli.main(["strip", str(tmp_path)]) == 0 and (tmp_path / "config.json").read_text() == foreign
+
+
+def test_bench_command(tmp_path, capfd, monkeypatch):
+    """A script that stands for a benchmark: what it is given, and what comes of its end."""
+    monkeypatch.setattr(cli, "BENCHMARKS", tmp_path)
+    assert cli.main(["bench", "lora"]) == 1
+    assert "there is no lora.py" in (said := capfd.readouterr().err) and "pip install -e ." in said
+    (tmp_path / "peers.py").write_text("import sys; print(sys.argv[1:]); sys.exit('--tiny' not in sys.argv)")
+    assert cli.main(["bench", "stack", "--peers", "bf16", "lean", "--tiny"]) == 0
+    assert "['stack', '--peers', 'bf16', 'lean', '--tiny']" in capfd.readouterr().out
+    assert cli.main(["bench"]) == 1 and "peers.py layer ended with exit status 1" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["strip", str(tmp_path), "--tiny"])
+
+
+def test_each_case_has_its_script():
+    assert all((cli.BENCHMARKS / script).is_file() for script, *_ in cli.CASES.values())

@@ -5,13 +5,14 @@ from .linear import coat_linear
 from .lora import Adapter, coat_lora
 from .mlp import Gate, coat_activation, coat_mlp
 from .norm import coat_norm
-from .operands import Demand, StoredWeight, WeightCache
+from .operands import Demand, StoredWeight, Watcher, WeightCache, sampled
 
 __all__ = [
     "Adapter",
     "Demand",
     "Gate",
     "StoredWeight",
+    "Watcher",
     "WeightCache",
     "coat_activation",
     "coat_linear",
@@ -20,4 +21,5 @@ __all__ = [
     "coat_norm",
     "coat_rotary",
     "keep_attention",
+    "sampled",
 ]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from coat_kernels import Granularity, ScaleFormat, dequantize, quantize, rotary
 
-from .operands import E4M3, Source
+from .operands import E4M3, Source, Watcher
 
 
 def _rows(t: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -41,6 +41,8 @@ class _CoatAttention(torch.autograd.Function):
                 scale_dtype=scale_dtype,
             )  # fmt: skip
             kept += [codes, scale]
+            if Watcher.see is not None:
+                Watcher.see("attention", rows, codes, scale, group_size)
             ctx.layouts.append((t.shape, t.dtype, swapped))
         ctx.save_for_backward(*kept)
         kind = query.device.type

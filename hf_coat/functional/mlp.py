@@ -27,12 +27,14 @@ from .linear import compute_dtype, weight_gradient
 from .operands import (
     Demand,
     Source,
+    Watcher,
     Weight,
     WeightCache,
     bits_and_scales,
     quantize_input,
     quantize_weights,
     results,
+    sampled,
     transposed_weights,
 )
 
@@ -57,13 +59,28 @@ def _codes_again(scale, kept_q, kept_s, *, act, gated, group_size):
     return activation_transposed(kept_q, kept_s, scale, act=act, gated=gated, group_size=group_size)
 
 
+def _show(x, up, made, gate: Gate) -> None:
+    """Let the watcher see what is kept of the gate and up [T, I], and the codes of h where there are no values."""
+    parts = [x] if up is None else [x, up]
+    groups = made.kept_s.shape[1] // len(parts)
+    for i, part in enumerate(parts):
+        codes = made.kept_q[:, i * x.shape[1] : (i + 1) * x.shape[1]]
+        Watcher.see("mlp", part, codes, made.kept_s[:, i * groups : (i + 1) * groups], gate.group_size)
+    if made.h is None:
+        h = activation(*(None if t is None else sampled(t).contiguous() for t in (x, up)), act=gate.act).h
+        Watcher.see("linear", h, sampled(made.h_q), sampled(made.h_s), 0)
+
+
 class _CoatActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, act, group_size, scale_dtype, demand, sources):
+        rows, up_rows = x.reshape(-1, x.shape[-1]), None if up is None else up.reshape(-1, up.shape[-1])
         made = activation(
-            x.reshape(-1, x.shape[-1]), None if up is None else up.reshape(-1, up.shape[-1]), act=act,
-            group_size=group_size, scale_dtype=scale_dtype, codes=demand is not None and demand.codes,
+            rows, up_rows, act=act, group_size=group_size, scale_dtype=scale_dtype,
+            codes=demand is not None and demand.codes,
         )  # fmt: skip
+        if Watcher.see is not None:
+            _show(rows, up_rows, made, Gate(act, up is not None, group_size))
         ctx.save_for_backward(made.kept_q, made.kept_s)
         ctx.x_shape, ctx.how = x.shape, {"act": act, "gated": up is not None, "group_size": group_size}
         if sources is not None:
@@ -125,6 +142,8 @@ class _CoatMLP(torch.autograd.Function):
             first[:, :width], first[:, width:] if gate.gated else None, act=gate.act, values=False, codes=True,
             group_size=gate.group_size if training else 0, scale_dtype=gate.scale_format.dtype,
         )  # fmt: skip
+        if Watcher.see is not None and training:
+            _show(first[:, :width], first[:, width:] if gate.gated else None, made, gate)
         del first
         down_q, down_s = quantize_weights((down,), Granularity.TOKEN, True, caches[1], stored[1])
         y = scaled_mm(made.h_q, down_q, made.h_s, down_s, down_bias, out_dtype=out_dtype, fast_accum=True)

@@ -13,7 +13,7 @@ import functools
 import torch
 from coat_kernels import ScaleFormat, norm, norm_backward, norm_transposed
 
-from .operands import Demand, Source
+from .operands import Demand, Source, Watcher
 
 
 def _codes_again(scale, *kept, offset, group_size):
@@ -33,6 +33,8 @@ class _CoatNorm(torch.autograd.Function):
             codes=demand is not None and demand.codes,
         )
         kept = made.x_q, made.x_s, made.mean, made.rstd
+        if Watcher.see is not None:
+            Watcher.see("norm", x, made.x_q, made.x_s, group_size)
         ctx.save_for_backward(*kept, weight)
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         ctx.offset, ctx.group_size = settings["offset"], group_size

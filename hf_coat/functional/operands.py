@@ -15,6 +15,22 @@ from coat_kernels import Granularity, dequantize, quantize, transpose
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 E4M3 = torch.float8_e4m3fn
+MOST_TOKENS = 512  # that are looked at where rounding is measured
+
+
+class Watcher:
+    """Who is shown what a forward rounds to FP8, if anybody is; see :mod:`hf_coat.live`.
+
+    ``see(kind, x, codes, scale, group_size)`` gets values [..., K] and what stands for them: codes [T, K] with scales
+    per group, token or tensor. It changes no number.
+    """
+
+    see: Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor, int], None] | None = None
+
+
+def sampled(rows: torch.Tensor) -> torch.Tensor:
+    """At most :data:`MOST_TOKENS` of these rows, at equal distances."""
+    return rows[:: -(-len(rows) // MOST_TOKENS) or 1]
 
 
 class Demand:
@@ -105,6 +121,8 @@ def quantize_input(x: torch.Tensor, granularity: Granularity, power_of_two: bool
             x_q, x_qt, x_s = quantize(x, E4M3, granularity, power_of_two=power_of_two, transposed=transposed)
             quantized = QuantizedInput(x_q, x_s, x_qt)
     quantized.source = source if keep else None
+    if Watcher.see is not None:
+        Watcher.see("linear", x, quantized.codes, quantized.scale, 0)
     if shareable:
         x._coat_quantized = (key, quantized)
     return quantized

@@ -18,6 +18,7 @@ from ..optim import OPTIMIZERS, muon_groups
 from ..pays import hidden_size, measured
 from ..pays import speedup as measured_speedup
 from ..peak import CARDS, StepEstimate, estimate_step
+from .checks import check_release
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -58,8 +59,13 @@ def estimate(training: Training) -> StepEstimate:
 
     Raises:
         OSError: Where there is no such config; transformers' own message.
-        RuntimeError, ValueError: As :func:`hf_coat.peak.estimate_step`; or for a kind of images that is not known.
+        RuntimeError, ValueError: As :func:`hf_coat.peak.estimate_step`; or for a kind of images that is not known, or
+            gradients that are both accumulated and released.
     """
+    coat = None if training.coat is None else HfCoatConfig.resolve(training.coat)
+    release = coat is not None and coat.optimizer is not None and coat.optimizer.gradient_release
+    if release:
+        check_release(coat, 1 + training.accumulate)
     model, make_optimizer = ghost(training)
     return estimate_step(
         model,
@@ -69,6 +75,7 @@ def estimate(training: Training) -> StepEstimate:
         units=tuple(getattr(model, "_no_split_modules", None) or ()),
         autocast=torch.bfloat16,
         accumulate=training.accumulate,
+        gradient_release=release,
     )
 
 

@@ -26,18 +26,22 @@ from torch.utils.hooks import RemovableHandle
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, get_last_checkpoint
 from transformers.utils import logging
 
 from ..card import TAGS, run_metadata, run_section, with_section
 from ..config import CONFIG_NAME, CoatConfig, HfCoatConfig, OptimizerName
 from ..convert import ConversionReport, apply_coat
 from ..families import is_adapted
+from ..functional import WeightCache
+from ..live import EVERY, GIB, Rounding, RoundingHistory, Speed, by_kind, peak_flops
+from ..memory import predict
 from ..optim import OPTIMIZERS, CoatOptimizer, GradientRelease, muon_groups
+from ..optim.sharding import local
 from ..pays import hidden_size, in_words, measured, speedup
 from ..probe import Probe
 from ..record import RUN_NAME, about_model, hardware, read_run, run_record, write_run
-from ..report import format_bytes
+from ..report import format_bytes, memory_table
 from .checks import check_model, check_release, check_run, loaded_with
 
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
@@ -181,6 +185,11 @@ class CoatCallback(TrainerCallback):
     Beside it stands ``coat_run.json``, the record of the run (see :mod:`hf_coat.record`), and the model's card gets a
     section and metadata made from it, whenever Trainer writes one.
 
+    Into Trainer's own log, and so to whatever shows that, go the live figures of :mod:`hf_coat.live`, their names
+    beginning with ``coat/``: the tokens of all processes a second and the ``mfu``, and of this process the GiB of
+    ``weights``, ``gradients``, ``optimizer_states`` and of the CUDA allocator's ``peak``; and every now and then (at
+    least 20 steps lie between, and it is one forward of the step) what rounding to FP8 costs, by kind.
+
     Every Trainer has one that follows ``args.coat``. Give one explicitly only with arguments that have no ``coat``,
     and then name the optimizer too: ``optimizer_cls_and_kwargs=(CoatAdamW, {"lr": 1e-5})``.
 
@@ -209,6 +218,11 @@ class CoatCallback(TrainerCallback):
         self.probe: Probe | None = None
         self._release: GradientRelease | None = None
         self._first_batch: RemovableHandle | None = None
+        self._speed: Speed | None = None
+        self._rounding: Rounding | None = None
+        self._history = RoundingHistory()
+        self._epoch_begins = False
+        self._batch: dict[str, Any] | None = None  # the first one, for the estimate at the end
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if getattr(args, "coat", None) is not None:
@@ -244,6 +258,7 @@ class CoatCallback(TrainerCallback):
             _refuse_codes(_bare(optimizer))  # without COAT too
         if self.coat is None:
             return
+        WeightCache.clear_all()  # only optimizers step here, so codes are kept from the first step on, resumed or not
         if state.global_step > 0:  # what the run that is resumed had found
             file, then = _checkpoint_recipe(args, state)
             if then is not None:
@@ -257,7 +272,11 @@ class CoatCallback(TrainerCallback):
         if state.global_step > 0:
             if then is not None:
                 self._compare(file, then)
-            self.resumed_at = [*_resumed_before(args, state), state.global_step]
+            before = _record_before(args, state)
+            self.resumed_at = [*before.get("resumed_at", ()), state.global_step]
+            self._history = RoundingHistory(**(before.get("rounding") or {}))
+        if self.coat.live:
+            self._speed = _speed(args, state, model)
 
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
         if self.coat.optimizer is None:
@@ -315,15 +334,50 @@ class CoatCallback(TrainerCallback):
         if self.coat.model is not None and self.coat.model.promoted != linears:
             self.coat = dataclasses.replace(self.coat, model=dataclasses.replace(self.coat.model, promoted=linears))
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._epoch_begins = True
+
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._end_rounding()  # of a step that was given up
+        converted = self.report is not None and not args.torch_compile
+        if self._speed is not None and converted and _is_measured(args, state, self._epoch_begins):
+            self._rounding = Rounding(model).__enter__()
+        self._epoch_begins = False
+        if self._speed is not None and self._batch is None and args.world_size == 1 and not args.torch_compile:
+            self._remember_batch(model)
         if self.probe is not None:  # of a step that was given up
             self.probe.__exit__()
             self.probe = None
-        of_interest = self.report is not None and self.report.regions and not args.torch_compile
-        if of_interest and state.global_step < self.coat.model.probe_steps:
+        if converted and self.report.regions and state.global_step < self.coat.model.probe_steps:
             self.probe = Probe(model, self.coat.model).__enter__()
 
+    def _remember_batch(self, model: nn.Module) -> None:
+        """Keep what the next forward gets: of floats the shapes, of integers the values, which models look into."""
+
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            handle.remove()
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+            there = {name: "meta" if value.is_floating_point() else "cpu" for name, value in tensors.items()}
+            self._batch = kwargs | {name: value.detach().to(there[name]) for name, value in tensors.items()}
+
+        self._batch = {}
+        handle = model.register_forward_pre_hook(see, with_kwargs=True)
+
+    def _end_rounding(self) -> None:
+        if self._rounding is not None:
+            self._rounding.__exit__()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._end_rounding()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self._end_rounding()
+        if self._speed is not None and "gradients" not in self.record:
+            self.record["gradients"] = sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self._speed is not None:
+            self._speed.end_step()
         if self.probe is None:
             return
         # Each step decides by itself, so that a run that is resumed between two of them decides as if it were not.
@@ -339,19 +393,48 @@ class CoatCallback(TrainerCallback):
                 logger.warning(f"COAT: step {state.global_step} showed what FP8 costs too much: {said}")
         self.record.setdefault("probe", {})[str(state.global_step)] = probe.by_region()
 
-    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._speed is not None:
+            self._speed.pause()
+
+    def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
         if self.coat is None:
             return
+        if self._speed is not None and "loss" in logs:
+            live = {f"coat/{name}": value for name, value in self._live(args, state, model, _bare(optimizer)).items()}
+            logs.update(live)  # the callbacks that show the logs come after this one
+            state.log_history[-1].update(live)
         self.record |= {key: value for key, value in logs.items() if key.endswith("_per_second")}
         skipped = _bare(optimizer).skipped_groups() if isinstance(_bare(optimizer), CoatOptimizer) else 0
-        if skipped and "loss" in logs:  # the callbacks that show the logs come after this one
+        if skipped and "loss" in logs:
             logs["coat/skipped_groups"] = state.log_history[-1]["coat/skipped_groups"] = skipped
         if self._release is not None and "grad_norm" in logs:  # Trainer itself found no gradients
             norm = self._release.gradient_norm().item()
             logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
 
+    def _live(self, args, state, model: nn.Module, optimizer: Optimizer) -> dict[str, float]:
+        """What the log of a step gets."""
+        found = self._speed.figures(state.total_flos, state.num_input_tokens_seen)
+        memory = {name: size for name, size in self._memory(args, model, optimizer).items() if name != "adamw_states"}
+        found |= {f"{name}_gib": size / GIB for name, size in memory.items() if size is not None}
+        if self._rounding is not None:
+            layers, self._rounding = self._rounding.by_layer(), None
+            self._history.add(state.global_step, layers)
+            for kind, measures in by_kind(layers).items():
+                found |= {f"{kind}_{name}": value for name, value in measures.items()}
+        return found
+
+    def _memory(self, args, model: nn.Module, optimizer: Optimizer | None) -> dict[str, int | None]:
+        """Bytes by class that this process holds, as far as they are known."""
+        memory = {} if optimizer is None else _bytes_of(model, optimizer)
+        if "gradients" in self.record:
+            memory["gradients"] = self.record["gradients"]
+        return memory | {"peak": torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None}
+
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._write(args, state, model, optimizer, args.output_dir, _checkpoint_folder(args, state))
+        if self._speed is not None:
+            self._speed.pause()
 
     def on_push_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._write(args, state, model, optimizer, args.output_dir)
@@ -368,6 +451,33 @@ class CoatCallback(TrainerCallback):
         if isinstance(optimizer, CoatOptimizer) and state.is_world_process_zero:
             coat, adamw = (format_bytes(self.record[key]) for key in ("optimizer_states", "adamw_states"))
             logger.warning(f"COAT: the optimizer's states took {coat}; those of AdamW would have taken {adamw}")
+        if self._batch and state.is_world_process_zero:
+            logger.warning(f"COAT: {self._savings(args, model, optimizer)}")
+            self._batch = None
+
+    def _savings(self, args, model: nn.Module, optimizer: Optimizer) -> str:
+        """The table of what was saved: a BF16 run is predicted, and beside the prediction of this one stands the run.
+
+        An estimate that fails, for whatever a model does on tensors without memory, may not end a training.
+        """
+        batch = {
+            k: v.to(args.device) if isinstance(v, torch.Tensor) and not v.is_meta else v
+            for k, v in self._batch.items()
+        }
+        ours = self.coat.optimizer if isinstance(optimizer, CoatOptimizer) else None
+        mixed = AcceleratorState().mixed_precision == "bf16"
+        try:
+            with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=mixed):
+                without, coat = (
+                    predict(model, batch, coat=False, optimizer=None),
+                    predict(model, batch, optimizer=ours),
+                )
+        except Exception as error:
+            return f"there is no estimate of the memory without COAT, because it failed: {error!r}"
+        table = memory_table(without, coat, self._memory(args, model, optimizer), baseline="AdamW")
+        return (
+            f"{table}\n'predicted' is an estimate for one forward of this run's first batch; only 'measured' was run"
+        )
 
     def _write(self, args, state, model: nn.Module, optimizer, *folders: str) -> None:
         if self.coat is None or not args.should_save:
@@ -379,8 +489,6 @@ class CoatCallback(TrainerCallback):
 
     def run_record(self, args, state, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
         """What ``coat_run.json`` holds at this moment; see :mod:`hf_coat.record`."""
-        memory = {} if optimizer is None else _bytes_of(model, optimizer)
-        on_cuda = args.device.type == "cuda"
         return run_record(
             coat=self.record["coat"],
             model=about_model(model),
@@ -390,7 +498,8 @@ class CoatCallback(TrainerCallback):
             resumed_at=self.resumed_at,
             throughput={key: value for key, value in self.record.items() if key.endswith("_per_second")},
             speedup=self.record.get("speedup"),
-            memory=memory | {"peak": torch.cuda.max_memory_allocated(args.device) if on_cuda else None},
+            memory=self._memory(args, model, optimizer),
+            rounding=self._history.to_dict() if self._history.steps else None,
             skipped_groups=optimizer.skipped_groups() if isinstance(optimizer, CoatOptimizer) else 0,
             log=state.log_history,
         )
@@ -416,16 +525,37 @@ class _FollowsArguments(CoatCallback):
 def _bytes_of(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     states = [value for values in optimizer.state.values() for value in values.values()]
     return {
-        "weights": sum(p.nbytes for p in model.parameters()),
-        "optimizer_states": sum(value.nbytes for value in states if isinstance(value, torch.Tensor)),
-        "adamw_states": sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"]),
+        "weights": sum(local(p).nbytes for p in model.parameters()),
+        "optimizer_states": sum(local(value).nbytes for value in states if isinstance(value, torch.Tensor)),
+        "adamw_states": sum(2 * local(p).nbytes for group in optimizer.param_groups for p in group["params"]),
     }
 
 
-def _resumed_before(args, state) -> list[int]:
-    """The steps at which the run that is resumed had been resumed before."""
+def _record_before(args, state) -> dict[str, Any]:
+    """The record of the run that is resumed, if it left one."""
     file = _in_checkpoint(args, state, RUN_NAME)
-    return [] if file is None else list(read_run(file)["resumed_at"])
+    return {} if file is None else read_run(file)
+
+
+def _speed(args, state, model: nn.Module) -> Speed:
+    """What tells the speed from now on; transformers counts 6 FLOPs for each parameter and token."""
+    counted = model.num_parameters(exclude_embeddings=True) if hasattr(model, "num_parameters") else 0
+    peak = peak_flops(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" else None
+    gpus = args.world_size * max(args.n_gpu, 1)
+    return Speed(state.total_flos, state.num_input_tokens_seen, 6 * counted, None if peak is None else peak * gpus)
+
+
+def _is_measured(args, state, epoch_begins: bool) -> bool:
+    """Whether rounding is measured in the step that begins: one that is logged, or stands for its epoch; a matter of
+    its number alone, so that a resumed run measures the same ones."""
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return epoch_begins
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return False
+    step, interval = state.global_step + 1, state.logging_steps
+    if step == 1:
+        return interval == 1 or args.logging_first_step
+    return step % (interval * -(-EVERY // interval)) == 0
 
 
 def keep_section(trainer_class: type) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 VOCABULARY, LENGTH = 256, 16
 
 
-def tiny_llama(dtype=torch.float32, seed=0):
+def tiny_llama(dtype=torch.float32, seed=0, attention="eager"):
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=64,
@@ -22,7 +22,7 @@ def tiny_llama(dtype=torch.float32, seed=0):
         num_key_value_heads=2,
         vocab_size=VOCABULARY,
         max_position_embeddings=LENGTH,
-        attn_implementation="eager",  # the others are not deterministic on every device
+        attn_implementation=attention,  # others than "eager" are not deterministic on every device
     )
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
