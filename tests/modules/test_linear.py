@@ -266,5 +266,5 @@ def test_revert_is_exact(config):
     assert (
         type(layer.revert()) is nn.Linear
         and layer.weight is weight
-        and state - set(vars(layer)) == {"coat", "coat_cache", "coat_merged"}
+        and state - set(vars(layer)) == {"coat", "coat_cache", "coat_merged", "coat_region"}
     )
