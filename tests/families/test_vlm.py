@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 import hf_coat
 from hf_coat import CoatConfig, memory
 from hf_coat.config import Keep, Region
-from hf_coat.modules import CoatAttention, CoatLinear, Converted, loss
+from hf_coat.modules import CoatAttention, CoatFrozenLinear, CoatLinear, Converted, loss
 from hf_coat.policy import find_regions
 
 _spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("test_families.py"))
@@ -242,6 +242,25 @@ def test_regions(name):
     assert report.regions["vision"].startswith(f"{vlm.vision}: ") and "; lean; " in report.regions["vision"]
     assert vlm.vision in str(report) and "projector: " in report.summary() and "region=vision" in repr(model)
     assert hf_coat.apply_coat(model) == report
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])  # whose merger, inside the tower, trains
+def test_a_frozen_tower_stays_as_it_is(name):
+    """Unless it is asked for, or its weights are stored as FP8."""
+    model = freeze(build(VLMS[name].config), (Region.VISION,))
+    tower = model.get_submodule(VLMS[name].vision)
+
+    def converted() -> bool:
+        return any(isinstance(module, (CoatLinear, Converted)) for module in tower.modules())
+
+    report = hf_coat.apply_coat(model)
+    assert not converted() and "in a frozen tower" in str(report) and "nothing trains" in report.regions["vision"]
+    assert "lean" in hf_coat.apply_coat(model, hf_coat.CoatConfig(activations={"vision": "lean"})).regions["vision"]
+    assert converted()
+    hf_coat.apply_coat(model)
+    assert not converted(), "turned back"
+    hf_coat.apply_coat(model, hf_coat.CoatConfig(frozen_weights="fp8"))
+    assert any(isinstance(module, CoatFrozenLinear) for module in tower.modules())
 
 
 @every_vlm
