@@ -20,7 +20,7 @@ from ..functional import StoredWeight
 from ..modules import CoatFrozenLinear
 from .checks import check_model
 
-# See trainer.py
+# See callback.py
 logger = logging.get_logger("transformers.coat")
 
 

@@ -2,7 +2,8 @@
 
 import trl
 
-from .trainer import keep_section, with_coat
+from .model_card import keep_section
+from .trainer import with_coat
 
 # TRL's trainers have a card of their own, which their common base writes.
 keep_section(next(cls for cls in trl.SFTTrainer.__mro__ if "create_model_card" in vars(cls)))

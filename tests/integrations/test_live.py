@@ -116,7 +116,7 @@ def test_an_estimate_that_fails_does_not_end_the_training(run, heard, monkeypatc
     def fail(*args, **kwargs):
         raise KeyError("a model that looks into its values")
 
-    monkeypatch.setattr("hf_coat.integrations.trainer.predict", fail)
+    monkeypatch.setattr("hf_coat.integrations.callback.predict", fail)
     assert run()[0].state.global_step == 2 and "no estimate of the memory without COAT" in heard
 
 

@@ -25,6 +25,7 @@ from hf_coat import (
     TrainingArguments,
     with_coat,
 )
+from hf_coat.integrations import callback
 from hf_coat.integrations import trainer as ours
 from hf_coat.modules import CoatFrozenLinear, CoatLinear
 
@@ -331,7 +332,7 @@ def test_an_optimizer_that_the_trainer_is_given_is_kept_with_a_warning(make, too
 
 def test_the_two_private_names():
     """TrainingArguments(coat=...) stands on these. If one is gone, test_the_public_fallback shows what still works."""
-    assert trainer.DEFAULT_CALLBACKS.count(ours._FollowsArguments) == 1
+    assert trainer.DEFAULT_CALLBACKS.count(ours.FollowsArguments) == 1
     assert trainer_optimizer._OPTIMIZER_HANDLERS[ours.COAT_ADAMW] is ours._make_coat_adamw
     assert (
         Trainer.get_optimizer_cls_and_kwargs.__globals__["_OPTIMIZER_HANDLERS"]
@@ -541,7 +542,7 @@ class Launched:
 )
 @pytest.mark.parametrize("by", ["arguments", "callback"])
 def test_launchers_that_cannot_work(make, tools, monkeypatch, launched, part, by):
-    monkeypatch.setattr(ours, "AcceleratorState", lambda: launched)
+    monkeypatch.setattr(callback, "AcceleratorState", lambda: launched)
     model = tools.tiny_llama()
     with pytest.raises(ValueError, match=part):
         if by == "arguments":
@@ -553,7 +554,7 @@ def test_launchers_that_cannot_work(make, tools, monkeypatch, launched, part, by
 
 def test_fsdp2_is_not_refused(monkeypatch, make):
     plugin = dataclasses.make_dataclass("Plugin", [("fsdp_version", int, 2)])()
-    monkeypatch.setattr(ours, "AcceleratorState", lambda: Launched(mixed_precision="bf16", fsdp_plugin=plugin))
+    monkeypatch.setattr(callback, "AcceleratorState", lambda: Launched(mixed_precision="bf16", fsdp_plugin=plugin))
     assert converted(make().model) == 14
 
 
