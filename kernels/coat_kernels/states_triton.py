@@ -48,7 +48,6 @@ SIGN = tl.constexpr(0x80000000)
 LARGEST = tl.constexpr(448.0)
 LOG2_LARGEST = tl.constexpr(8.807354922057604)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added to a small number, leaves its nearest integer in the low bits
-ROUND_BITS = tl.constexpr(0x4B400000)
 
 LEAN = tl.constexpr(0)
 PAPER = tl.constexpr(1)
@@ -117,12 +116,6 @@ def polynomial_exp2(x):
 def _with_sign(x, y):
     """``x >= 0`` with the sign of ``y``."""
     return (x.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & SIGN)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _bits(x):
-    """Bits of |x|, uint32: ordered as magnitudes are, with inf and NaN on top."""
-    return x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
