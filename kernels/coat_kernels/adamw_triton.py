@@ -17,6 +17,7 @@ from .states_triton import (
     POINTERS,
     SCALARS,
     WIDTH,
+    both,
     decode_e4m3,
     decode_ratios,
     decode_roots,
@@ -27,9 +28,11 @@ from .states_triton import (
     fast_rsqrt,
     fast_sqrt,
     find_parameter,
+    load,
     locate,
     read_weights,
     round_weights,
+    store,
 )
 
 
@@ -39,15 +42,16 @@ def _adamw_kernel(
     beta1, rest1, beta2, rest2, eps, weight_decay,  # rest = 1 - beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """One program: the AdamW step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters.
 
     RAGGED: some groups have fewer than LANES values. ALIGNMENT divides the addresses of values and codes, and where
-    RAGGED also the length of a row.
+    RAGGED also the length of a row. HALVES: see :func:`both`.
     """
     CODES: tl.constexpr = tl.uint8 if FORMAT == LEAN else tl.float8e4nv
     NOTHING: tl.constexpr = 0 if FORMAT == LEAN else 0.0
+    WIDE: tl.constexpr = tl.uint32 if FORMAT == LEAN else tl.float32
     pid = tl.program_id(0)
     place = find_parameter(table, parameters, pid)
     row = table + place * WIDTH
@@ -89,14 +93,14 @@ def _adamw_kernel(
             ahead = group + GROUPS
             next_m_expansion = tl.load(m_expansion_ptr + ahead, ahead < stop, other=16)
             next_v_expansion = tl.load(v_expansion_ptr + ahead, ahead < stop, other=16)
-        offset, mask = locate(group, inside, columns, groups_per_row, GROUP_SIZE, RAGGED, LANES)
+        offset, mask, second = locate(group, inside, columns, groups_per_row, GROUP_SIZE, RAGGED, LANES, HALVES)
 
-        param = tl.load(param_ptr + offset, mask, other=0.0)
-        residual = tl.load(residual_ptr + offset, mask, other=0) if MODE == MASTER else 0
-        g = tl.load(grad_ptr + offset, mask, other=0.0).to(tl.float32)
-        m_codes = tl.load(m_ptr + offset, mask, other=NOTHING)
+        param = load(param_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
+        residual = load(residual_ptr, offset, mask, second, 0, tl.int32, HALVES) if MODE == MASTER else 0
+        g = load(grad_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
+        m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         m_scale = tl.load(m_scale_ptr + group, inside, other=0.0)
-        v_codes = tl.load(v_ptr + offset, mask, other=NOTHING)
+        v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         v_scale = tl.load(v_scale_ptr + group, inside, other=0.0)
 
         if FORMAT == LEAN:
@@ -122,26 +126,28 @@ def _adamw_kernel(
         broken += (inside & (finite == 0)).to(tl.int32)
         inside = inside & finite
         mask = mask & finite[:, None]
+        second = second & finite[:, None]
 
         p = read_weights(param, residual, MODE)
         p = p * decay - step_size * m * fast_reciprocal(root * inverse_correction + eps)
-        rounded, residual = round_weights(p, key, offset, PARAM, MODE)
-        tl.store(param_ptr + offset, rounded, mask)
+        index = both(offset, offset + offset.shape[1]) if HALVES else offset
+        rounded, residual = round_weights(p, key, index, MODE)
+        store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
-            tl.store(residual_ptr + offset, residual, mask)
+            store(residual_ptr, offset, residual, mask, second, HALVES)
         if FORMAT == LEAN:
             m_codes, m_scale = encode_ratios(ratio, m_amax)
-            tl.store(m_ptr + offset, m_codes, mask)
+            store(m_ptr, offset, m_codes, mask, second, HALVES)
             tl.store(m_scale_ptr + group, m_scale, inside)
             v_codes, v_scale = encode_roots(root, some)
-            tl.store(v_ptr + offset, v_codes, mask)
+            store(v_ptr, offset, v_codes, mask, second, HALVES)
             tl.store(v_scale_ptr + group, v_scale, inside)
         else:
             m_codes, m_scale, m_new = encode_e4m3(m, m_bits, m_amax, FORMAT == PAPER, False)
-            tl.store(m_ptr + offset, m_codes, mask)
+            store(m_ptr, offset, m_codes, mask, second, HALVES)
             tl.store(m_scale_ptr + group, m_scale, inside)
             v_codes, v_scale, v_new = encode_e4m3(v, v_bits, v_amax, FORMAT == PAPER, True)
-            tl.store(v_ptr + offset, v_codes, mask)
+            store(v_ptr, offset, v_codes, mask, second, HALVES)
             tl.store(v_scale_ptr + group, v_scale, inside)
             if FORMAT == PAPER:
                 tl.store(m_expansion_ptr + group, m_new, inside)

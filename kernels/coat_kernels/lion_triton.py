@@ -17,14 +17,17 @@ from .states_triton import (
     POINTERS,
     SCALARS,
     WIDTH,
+    both,
     decode_companded,
     decode_e4m3,
     encode_companded,
     encode_e4m3,
     find_parameter,
+    load,
     locate,
     read_weights,
     round_weights,
+    store,
 )
 
 
@@ -34,11 +37,12 @@ def _lion_kernel(
     beta1, rest1, beta2, rest2, weight_decay,  # rest = 1 - beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """One program: the Lion step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters."""
     CODES: tl.constexpr = tl.uint8 if FORMAT == LEAN else tl.float8e4nv
     NOTHING: tl.constexpr = 0 if FORMAT == LEAN else 0.0
+    WIDE: tl.constexpr = tl.uint32 if FORMAT == LEAN else tl.float32
     pid = tl.program_id(0)
     place = find_parameter(table, parameters, pid)
     row = table + place * WIDTH
@@ -61,11 +65,11 @@ def _lion_kernel(
     for start in tl.range(first, stop, GROUPS, num_stages=STAGES):
         group = start + tl.arange(0, GROUPS)
         inside = group < stop
-        offset, mask = locate(group, inside, columns, groups_per_row, GROUP_SIZE, RAGGED, LANES)
-        param = tl.load(param_ptr + offset, mask, other=0.0)
-        residual = tl.load(residual_ptr + offset, mask, other=0) if MODE == MASTER else 0
-        g = tl.load(grad_ptr + offset, mask, other=0.0).to(tl.float32)
-        codes = tl.load(m_ptr + offset, mask, other=NOTHING)
+        offset, mask, second = locate(group, inside, columns, groups_per_row, GROUP_SIZE, RAGGED, LANES, HALVES)
+        param = load(param_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
+        residual = load(residual_ptr, offset, mask, second, 0, tl.int32, HALVES) if MODE == MASTER else 0
+        g = load(grad_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
+        codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         scale = tl.load(scale_ptr + group, inside, other=0.0)
         if FORMAT == LEAN:
             m = decode_companded(codes, scale)
@@ -82,20 +86,22 @@ def _lion_kernel(
         broken += (inside & (finite == 0)).to(tl.int32)
         inside = inside & finite
         mask = mask & finite[:, None]
+        second = second & finite[:, None]
 
         p = read_weights(param, residual, MODE) * decay
         p -= tl.where(direction > 0.0, lr, tl.where(direction < 0.0, -lr, 0.0))
-        rounded, residual = round_weights(p, key, offset, PARAM, MODE)
-        tl.store(param_ptr + offset, rounded, mask)
+        index = both(offset, offset + offset.shape[1]) if HALVES else offset
+        rounded, residual = round_weights(p, key, index, MODE)
+        store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
-            tl.store(residual_ptr + offset, residual, mask)
+            store(residual_ptr, offset, residual, mask, second, HALVES)
         if FORMAT == LEAN:
             codes, scale = encode_companded(m, bits, amax)
         else:
             codes, scale, expansion = encode_e4m3(m, bits, amax, FORMAT == PAPER, False)
             if FORMAT == PAPER:
                 tl.store(expansion_ptr + group, expansion, inside)
-        tl.store(m_ptr + offset, codes, mask)
+        store(m_ptr, offset, codes, mask, second, HALVES)
         tl.store(scale_ptr + group, scale, inside)
     count = tl.sum(broken)
     if count > 0:

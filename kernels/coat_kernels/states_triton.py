@@ -6,10 +6,10 @@ and how large it is, the program reads from a table with one row per parameter, 
 a second one what changes with the step.
 
 With BF16 parameters and gradients ten bytes move per value (the gradient in; the parameter and two codes in and out).
-At the speed of an H200's memory that leaves time for some 75 instructions per value, ten of them of the slow kind
-(log2, exp2, roots, quotients). ``lean`` needs three slow ones. Expansion needs a log2 and an exp2 to decode and to
-encode each moment, of which the exp2 of the encoding are polynomials on the fast units: five of the slow kind, with
-those for the step itself eight.
+At the speed of an H200's memory that leaves time for some 75 instructions per value, nine of them of the slow kind
+(log2, exp2, roots, quotients). ``lean`` needs 60 and three slow ones. Expansion needs a log2 and an exp2 to decode and
+to encode each moment, of which the exp2 of the encoding are polynomials on the fast units: six of the slow kind, with
+those for the step itself eight; 63 instructions with what a group needs.
 """
 
 from collections import OrderedDict, defaultdict
@@ -32,10 +32,12 @@ WIDTH = tl.constexpr(13)
 # The columns of the scalars, float32: lr, 1 / (1 - beta1**step), 1 / sqrt(1 - beta2**step), the bits of the key.
 SCALARS = tl.constexpr(4)
 
-# 8 values for each thread: 16 bytes of BF16, and no value changes its thread (codes alone would lie 16 to a thread, at
-# twice the registers). One warp needs no barriers, and so many programs fit that some compute while others load.
-TILE = 256
+# 16 values for each thread, 8 of each half of a group: 16 bytes of BF16, and no value changes its thread. What
+# concerns a group (maxima, logarithms, quotients) is then shared by 16 values. One warp needs no barriers, and so many
+# programs fit that some compute while others load.
+TILE = 512
 WARPS = 1
+LEAST_HALVED = 16  # a group of fewer values is left whole
 MOST_GROUPS = 64  # in a tile of short groups: each thread keeps side data of its groups
 TILES = 16
 STAGES = 1  # tiles in flight in one program
@@ -101,10 +103,24 @@ def fast_rsqrt(x):
 
 
 @triton.jit
-def polynomial_exp2(x):
-    """2**x of float32 ``x`` in [-120, 120], 4e-6 off at most, without a slow instruction: 2**n from the bits of n."""
-    shifted = x + ROUND
-    f = x - (shifted - ROUND)  # in [-1/2, 1/2]
+def _saturated(x, factor, summand):
+    """``x * factor + summand``, held between 0 and 1."""
+    if INTERPRETED:
+        y = tl.minimum(tl.maximum(x * factor + summand, 0.0), 1.0)
+    else:
+        y = tl.inline_asm_elementwise(
+            "fma.rn.ftz.sat.f32 $0, $1, $2, $3;", "=r,r,r,r", [x, factor, summand], tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit
+def polynomial_exp2(x, factor, summand):
+    """``2**(x * factor + summand)``, the exponent held between -119 and 9; 1e-5 off at most, without a slow
+    instruction: 2**n from the bits of n."""
+    z = _saturated(x, factor * (1.0 / 128), (summand + 119.0) * (1.0 / 128))
+    shifted = z * 128.0 + (ROUND - 119.0)  # once rounded: ROUND + n
+    f = z * 128.0 - (shifted - (ROUND - 119.0))  # in [-1/2, 1/2]
     y = 0.009618129 * f + 0.055504109
     y = y * f + 0.24022651
     y = y * f + 0.69314718
@@ -132,8 +148,8 @@ def _signed(codes):
 
 @triton.jit
 def _to_byte(x):
-    """The low byte of float32 ``x`` rounded to the nearest integer, which lies within 2**22."""
-    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.uint8)
+    """Float32 ``x`` rounded to the nearest integer, which lies within 2**22, in the low byte of an int32."""
+    return (x + ROUND).to(tl.int32, bitcast=True)
 
 
 # --- E4M3, with and without expansion
@@ -144,7 +160,7 @@ def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.cons
     """``scale * sign(q) * (|q| / 448)**(16 / expansion)`` of codes [GROUPS, LANES]; scale and expansion [GROUPS]."""
     q = codes.to(tl.float32)
     if EXPAND:
-        inverse = 16.0 * fast_reciprocal(expansion.to(tl.float32))
+        inverse = 16.0 * fast_reciprocal(_unsigned(expansion))
         x = tl.exp2(fast_log2(tl.abs(q)) * inverse[:, None] - (inverse * LOG2_LARGEST)[:, None])
         return scale[:, None] * (x if POSITIVE else _with_sign(x, q))
     else:
@@ -153,7 +169,8 @@ def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.cons
 
 @triton.jit
 def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
-    """Codes [GROUPS, LANES], scale and expansion [GROUPS] of finite ``x``, given the bits of |x| and their maxima."""
+    """What to round to codes [GROUPS, LANES], scale and expansion [GROUPS] of finite ``x``, given the bits of |x| and
+    their maxima."""
     empty = amax_bits < NORMAL
     scale = tl.where(empty, 0, amax_bits).to(tl.float32, bitcast=True)
     magnitude = bits.to(tl.float32, bitcast=True)
@@ -163,22 +180,18 @@ def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr
         smallest = (tl.min(bits - NORMAL, axis=1) + NORMAL).to(tl.float32, bitcast=True)
         log_scale = tl.where(empty, 0.0, fast_log2(scale))
         bits_of_range = tl.maximum(log_scale - fast_log2(smallest), 1.0)  # 1.04 gives 255 already
-        chosen = tl.floor(265.83535750584334 / bits_of_range)  # 16 * log2(448**2 / 2)
+        chosen = 265.83535750584334 * fast_reciprocal(bits_of_range)  # 16 * log2(448**2 / 2)
+        chosen = (chosen - 0.49999 + ROUND) - ROUND  # rounded down, where it is not 1e-5 below the next integer
         expansion = tl.where(empty, expansion, tl.minimum(tl.maximum(chosen, 1.0), 255.0))
         power = expansion * 0.0625
-        # Zeros have a log2 of -inf; 2**-120 rounds to a code of zero as well.
-        y = fast_log2(magnitude) * power[:, None] + (power * -log_scale + LOG2_LARGEST)[:, None]
-        y = polynomial_exp2(tl.maximum(y, -120.0))
+        # Zeros have a log2 of -inf; 2**-119 rounds to a code of zero as well.
+        y = polynomial_exp2(fast_log2(magnitude), power[:, None], (power * -log_scale + LOG2_LARGEST)[:, None])
     else:
         y = magnitude * (fast_reciprocal(tl.where(empty, 1.0, scale)) * LARGEST)[:, None]
         y = tl.where(bits < NORMAL, 0.0, tl.maximum(y, 2.0**-9) if POSITIVE else y)
     if not POSITIVE:
         y = _with_sign(y, x)
-    if INTERPRETED:
-        codes = to_fp8(y, 8)
-    else:  # at most 448.1, which rounds to 448: no clamp
-        codes = y.to(tl.float8e4nv)
-    return codes, scale, expansion.to(tl.int32).to(tl.uint8)
+    return y, scale, _to_byte(expansion)
 
 
 # --- lean
@@ -246,24 +259,23 @@ def read_weights(param, residual, MODE: tl.constexpr):
 
 
 @triton.jit
-def round_weights(p, key, offset, PARAM: tl.constexpr, MODE: tl.constexpr):
-    """Float32 weights as the parameter keeps them, and their residuals; ``key`` and ``offset`` count with STOCHASTIC,
-    where the offset is the index of a value in its parameter, int64."""
-    residual = tl.zeros(p.shape, tl.uint8)
+def round_weights(p, key, offset, MODE: tl.constexpr):
+    """Float32 weights as the parameter keeps them but for rounding to nearest, and their residuals in the low byte of
+    an int32; ``key`` and ``offset`` count with STOCHASTIC, where the offset is the index of a value in its parameter,
+    int64."""
+    residual = tl.zeros(p.shape, tl.int32)
     if MODE == STOCHASTIC:
         x = offset.to(tl.uint32) * 0x9E3779B1 + (offset >> 32).to(tl.uint32) * 0x85EBCA77 + key
         x = (x ^ (x >> 16)) * 0x85EBCA6B
         x = (x ^ (x >> 13)) * 0xC2B2AE35
         bits = p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16)
-        rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(PARAM)
+        p = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     elif MODE == MASTER:
         magnitude = ((p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 0x80) & -256
         high = (magnitude + 0x8000) & -65536
-        residual = (((magnitude - high) >> 8) & 0xFF).to(tl.uint8)
-        rounded = _with_sign(high.to(tl.float32, bitcast=True), p).to(PARAM)
-    else:
-        rounded = to_float(p, PARAM)
-    return rounded, residual
+        residual = (magnitude - high) >> 8
+        p = _with_sign(high.to(tl.float32, bitcast=True), p)
+    return p, residual
 
 
 # --- one launch for many parameters
@@ -284,19 +296,66 @@ def find_parameter(table, parameters, pid):
 
 @triton.jit
 def locate(
-    group, inside, columns, groups_per_row, GROUP_SIZE: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr
-):
-    """Offsets, int64, and mask of a tile of groups. RAGGED: some groups have fewer than LANES values."""
-    lane = tl.arange(0, LANES)[None, :]
+    group, inside, columns, groups_per_row, GROUP_SIZE: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """Offsets, int64, of the first half of each group in a tile, and the masks of both; the second half is
+    LANES / 2 further. Without HALVES of the whole group, twice. RAGGED: some groups have fewer than LANES values."""
+    HALF: tl.constexpr = LANES // 2 if HALVES else LANES
+    lane = tl.arange(0, HALF)[None, :]
     if RAGGED:
         line = group // groups_per_row
         column = (group - line * groups_per_row).to(tl.int64) * GROUP_SIZE
         offset = (line.to(tl.int64) * columns + column)[:, None] + lane
-        mask = inside[:, None] & (lane < tl.minimum(columns - column, GROUP_SIZE)[:, None])
+        end = tl.minimum(columns - column, GROUP_SIZE)[:, None]
+        mask = inside[:, None] & (lane < end)
+        second = inside[:, None] & (lane + HALF < end)
     else:
         offset = (group.to(tl.int64) * LANES)[:, None] + lane
         mask = inside[:, None]
-    return offset, mask
+        second = mask
+    return offset, mask, second
+
+
+@triton.jit
+def both(x, y):
+    """A tile [GROUPS, LANES] of the first halves ``x`` of groups and the second ones ``y``, value by value in turns.
+
+    What one thread has of both is of one group, so that it computes what concerns a group half as often.
+    """
+    return tl.join(x, y).reshape(x.shape[0], 2 * x.shape[1])
+
+
+@triton.jit
+def load(pointer, offset, mask, second, other, WIDE: tl.constexpr, HALVES: tl.constexpr):
+    """A tile [GROUPS, LANES] as WIDE from what :func:`locate` returned; ``other`` is what is masked."""
+    x = tl.load(pointer + offset, mask, other=other).to(WIDE)
+    if HALVES:
+        x = both(x, tl.load(pointer + offset.shape[1] + offset, second, other=other).to(WIDE))
+    return x
+
+
+@triton.jit
+def store(pointer, offset, x, mask, second, HALVES: tl.constexpr):
+    """The inverse of :func:`load`: integers lose their high bytes, and numbers are rounded to nearest."""
+    if HALVES:
+        x, y = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+        tl.store(pointer + offset.shape[1] + offset, _narrow(y, pointer.dtype.element_ty), second)
+    tl.store(pointer + offset, _narrow(x, pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    if x.dtype == tl.int32:
+        narrow = x.to(DTYPE)
+    elif DTYPE == tl.float8e4nv:
+        if INTERPRETED:
+            narrow = to_fp8(x, 8)
+        else:  # at most 448.1, which rounds to 448: no clamp
+            narrow = x.to(DTYPE)
+    else:
+        narrow = to_float(x, DTYPE)
+    return narrow
 
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -391,7 +450,8 @@ def launch(
                 table, scalars, len(rows), skipped, *constants,
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
-                GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=STAGES, num_warps=WARPS, enable_fp_fusion=True,
+                GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=STAGES, HALVES=lanes >= LEAST_HALVED, num_warps=WARPS,
+                enable_fp_fusion=True,
             )  # fmt: skip
     for param, dense, _ in kept:
         if dense is param:
