@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from .config import CoatOptimizerConfig, OptimizerName
 from .convert import remove_coat
 from .optim import muon_groups
+from .optim.release import BATCH_BYTES
 from .optim.sharding import rows_shape
 
 STEP_BYTES = 4
@@ -95,10 +96,12 @@ def predict(
     trainable = [p for p in model.parameters() if p.requires_grad]
     muon = optimizer is not None and optimizer.name is OptimizerName.MUON
     matrices = {p for group in muon_groups(model) if group["use_muon"] for _, p in group["params"]} if muon else ()
-    released = optimizer is not None and optimizer.gradient_release
+    gradients = distinct_bytes(trainable)
+    if optimizer is not None and optimizer.gradient_release:  # those that wait, and the last of a batch
+        gradients = min(gradients, BATCH_BYTES + max((p.nbytes for p in trainable), default=0))
     return MemoryBreakdown(
         weights=distinct_bytes(tensors_of(model)),
-        gradients=max((p.nbytes for p in trainable), default=0) if released else distinct_bytes(trainable),
+        gradients=gradients,
         optimizer_states=sum(_state_bytes(p, optimizer, p in matrices) for p in trainable),
         activations=activations,
     )

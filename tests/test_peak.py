@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, Gemma3Config, LlamaConfig, LlavaConfig, Qwen2VLConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_coat import CoatAdamW, HfCoatConfig, cli
+from hf_coat import CoatAdamW, GradientRelease, HfCoatConfig, cli, memory
 from hf_coat.config import PRESETS
 from hf_coat.integrations.estimate import Training, batch_of, estimate, ghost, largest_batch
 from hf_coat.memory import predict
@@ -121,9 +121,14 @@ def test_what_moves_it():
     assert plain.logits > full.logits
 
 
-def test_gradients_that_are_released():
-    """One gradient at a time, in every class of the prediction; all of them, and the clipping's copies, without."""
+def test_gradients_that_are_released(monkeypatch):
+    """One gradient at a time, in every class of the prediction; all of them, and the clipping's copies, without.
+
+    So small a model's gradients would all be one batch: here none waits.
+    """
     recipe = {"optimizer": {"gradient_release": True}}
+    monkeypatch.setitem(GradientRelease.__init__.__kwdefaults__, "batch_bytes", 0)
+    monkeypatch.setattr(memory, "BATCH_BYTES", 0)
     one, all_of_them = of(coat=recipe), of(coat="lean")
     largest = max(p.nbytes for p in ghost(Training(LLAMA))[0].parameters())
     assert one.gradients == largest < all_of_them.gradients / 2

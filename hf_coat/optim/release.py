@@ -1,8 +1,9 @@
-"""Gradient release: each parameter is stepped inside the backward, and its gradient freed, as soon as it is complete.
+"""Gradient release: parameters are stepped inside the backward, and their gradients freed, once these are complete.
 
 The gradients of the whole model then never exist together: 2 bytes per BF16 parameter less at the peak. It is the same
-arithmetic as ``optimizer.step()`` after the backward, to the bit, one launch per parameter instead of one for all;
-what it costs is the host time of those launches.
+arithmetic as ``optimizer.step()`` after the backward, to the bit. A step of one parameter costs the host about as much
+as one of many, so gradients wait for each other until they are ``batch_bytes`` together, and the last ones are stepped
+as the backward ends. (FSDP2 computes gradients on a stream of its own: sharded parameters are stepped one by one.)
 
 What a backward cannot know:
 
@@ -19,6 +20,7 @@ What a backward cannot know:
 - Whether gradients are scaled. ``torch.amp.GradScaler`` finds no gradients and stops at its first step.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ import torch.distributed as dist
 
 from .adamw import CoatOptimizer, check_gradient
 from .sharding import is_sharded, local
+
+BATCH_BYTES = 2**28  # three launches for a layer of 7 B parameters' 9 tensors
 
 
 class GradientRelease:
@@ -45,19 +49,22 @@ class GradientRelease:
         optimizer: The optimizer; its parameters must have no gradients. Under FSDP2 make this after ``fully_shard``.
         max_norm: Clip each parameter's gradient to this norm. ``inf`` measures norms and clips nothing; None, the
             default, does not measure either.
+        batch_bytes: How many bytes of gradients may wait to be stepped together, in one launch; with 0 none waits.
 
     Raises:
         TypeError: For an optimizer that is none of COAT's.
-        ValueError: For a ``max_norm`` that is not above 0, gradients that are there already, or parameters that
-            several processes train together without FSDP2.
+        ValueError: For a ``max_norm`` that is not above 0, a ``batch_bytes`` below 0, gradients that are there
+            already, or parameters that several processes train together without FSDP2.
     """
 
-    def __init__(self, optimizer: CoatOptimizer, *, max_norm: float | None = None):
+    def __init__(self, optimizer: CoatOptimizer, *, max_norm: float | None = None, batch_bytes: int = BATCH_BYTES):
         if not isinstance(optimizer, CoatOptimizer):
             raise TypeError(f"GradientRelease steps COAT's optimizers, not {type(optimizer).__name__}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}; expected a number above 0, or None to clip nothing")
-        self.optimizer, self.max_norm = optimizer, max_norm
+        if batch_bytes < 0:
+            raise ValueError(f"batch_bytes is {batch_bytes}; expected 0 or more")
+        self.optimizer, self.max_norm, self.batch_bytes = optimizer, max_norm, batch_bytes
         owned = ((i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"])
         self._places = {p: (i, number) for number, (i, p) in enumerate(owned)}
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -73,7 +80,9 @@ class GradientRelease:
                     "FSDP2 shards the parameters: DDP averages gradients only after that. Use fully_shard, or leave "
                     "gradient release out"
                 )
-        self._stepped: set[torch.Tensor] = set()
+        self._stepped: set[torch.Tensor] = set()  # those that wait are among them
+        self._waiting: list[torch.Tensor] = []
+        self._waiting_bytes = 0
         self._squares: list[torch.Tensor] = []
         self._norm: torch.Tensor | None = None
         self._handles = [p.register_post_accumulate_grad_hook(self._release) for p in self._places if p.requires_grad]
@@ -101,15 +110,40 @@ class GradientRelease:
             )
         check_gradient(param)
         self._stepped.add(param)
-        if self.max_norm is not None:
-            norm = torch.linalg.vector_norm(param.grad, dtype=torch.float32)
-            norm = norm.full_tensor() if is_sharded(norm) else norm
-            self._squares.append(norm.square())
+        if not self._waiting:  # as the backward that this is a part of ends
+            torch.autograd.Variable._execution_engine.queue_callback(self._step_waiting)
+        self._waiting.append(param)
+        self._waiting_bytes += local(param.grad).nbytes
+        if self._waiting_bytes >= self.batch_bytes or is_sharded(param):
+            self._step_waiting()
+
+    @torch.no_grad()
+    def _step_waiting(self) -> None:
+        params, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        if self.max_norm is not None and params:
+            self._clip([param.grad for param in params])
+        of_group = defaultdict(list)
+        for param in params:
+            group, number = self._places[param]
+            of_group[group].append((number, param))
+        for group, members in of_group.items():
+            self.optimizer.step_params(self.optimizer.param_groups[group], members)
+        for param in params:
+            param.grad = None
+
+    def _clip(self, grads: list[torch.Tensor]) -> None:
+        """Measure the norm of each gradient, and clip it as ``clip_grad_norm_`` does."""
+        by_device = defaultdict(list)
+        for grad in grads:
+            by_device[grad.device].append(grad)
+        for of_device in by_device.values():
+            norms = torch._foreach_norm(of_device, 2.0, torch.float32)
+            norms = torch.stack([norm.full_tensor() if is_sharded(norm) else norm for norm in norms])
+            self._squares.append(norms.square().sum())
             if self.max_norm != float("inf"):
-                local(param.grad).mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_ does
-        group, number = self._places[param]
-        self.optimizer.step_params(self.optimizer.param_groups[group], [(number, param)])
-        param.grad = None
+                factors = (self.max_norm / (norms + 1e-6)).clamp_(max=1.0)
+                for grad, factor in zip(of_device, factors, strict=True):
+                    local(grad).mul_(factor)
 
     def _refuse_closure(self, optimizer: CoatOptimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(value is not None for value in (*args[1:], *kwargs.values())):
@@ -120,6 +154,7 @@ class GradientRelease:
 
     def _end_step(self, *_: Any) -> None:
         self._stepped.clear()
+        self._waiting, self._waiting_bytes = [], 0  # what a backward left that failed, step() has stepped
         if self.max_norm is not None:
             device = self._squares[0].device if self._squares else None
             squares = [square.to(device) for square in self._squares]

@@ -81,20 +81,73 @@ def test_reentrant_checkpointing(device):
     assert_same(train(device, True, reentrant=True), train(device, False, reentrant=True))
 
 
-def test_gradients_never_exist_together(device):
+@pytest.mark.parametrize(
+    ("batch_bytes", "alive", "steps"),
+    [(0, [0] * 5, 5), (150 * 150 * 4, [0, 1, 2, 3, 0], 2), (2**28, [0, 1, 2, 3, 4], 1)],
+    ids=["one by one", "the weight that is used twice is a batch's last", "all together"],
+)
+def test_gradients_never_exist_together(batch_bytes, alive, steps, device, monkeypatch):
+    """No more wait than may; in the end none does, before optimizer.step() too, and each was stepped once."""
     model = Net(device)
     optimizer = CoatAdamW(model.parameters())
-    GradientRelease(optimizer)
-    alive = []
+    GradientRelease(optimizer, batch_bytes=batch_bytes)
+    step_params, batches, waiting = optimizer.step_params, [], []
+
+    def counted(group, members):
+        batches.append(len(members))
+        step_params(group, members)
+
+    monkeypatch.setattr(optimizer, "step_params", counted)
     for p in model.parameters():
-        if p.requires_grad:  # hooks run in the order of their registration; this one after the release
-            p.register_hook(lambda _: alive.append(sum(q.grad is not None for q in model.parameters())))
+        if p.requires_grad:  # before the gradient of this parameter is there
+            p.register_hook(lambda _: waiting.append(sum(q.grad is not None for q in model.parameters())))
     model(ids(0, device)).backward()
-    assert alive == [0] * 5 and all(p.grad is None for p in model.parameters())
+    assert waiting == alive and all(p.grad is None for p in model.parameters())
+    assert len(batches) == steps and sum(batches) == 5
     assert [int(s["step"]) for s in optimizer.state.values()] == [1] * 5, "tied and repeated parameters step once"
     before = copy.deepcopy(model.state_dict())
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_groups_and_batches(device):
+    """Parameters of several groups in a batch, and batches of every size: the same steps with the group's settings."""
+
+    def groups(model):
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        return [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.5},
+            {"params": vectors, "lr": 1e-2},
+        ]
+
+    runs = []
+    for batch_bytes in (None, 0, 2**10, 2**28):
+        model = Net(device)
+        optimizer = CoatAdamW(groups(model), lr=3e-2)
+        options = {} if batch_bytes is None else {"batch_bytes": batch_bytes}
+        runs.append(train(device, batch_bytes is not None, model=model, optimizer=optimizer, **options))
+    for run in runs[1:]:
+        assert_same(run, runs[0])
+
+
+def test_a_backward_that_fails(device):
+    """What had waited then is stepped by optimizer.step(), and the next step begins anew."""
+    model = Net(device)
+    optimizer = CoatAdamW(model.parameters())
+    GradientRelease(optimizer)
+
+    def fail(_):
+        raise KeyError("on the way")
+
+    handle = model.twice.weight.register_hook(fail)
+    with pytest.raises(KeyError, match="on the way"):
+        model(ids(0, device)).backward()
+    handle.remove()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(ids(1, device)).backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert int(optimizer.state[model.norm.weight]["step"]) == 2
 
 
 def test_clipping_by_each_norm(device):
@@ -196,6 +249,8 @@ def test_closures_scalers_and_leftovers(device):
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="max_norm is 0.0"):
         GradientRelease(optimizer, max_norm=0.0)
+    with pytest.raises(ValueError, match="batch_bytes is -1"):
+        GradientRelease(optimizer, batch_bytes=-1)
     with pytest.raises(TypeError, match="not SGD"):
         GradientRelease(torch.optim.SGD(model.parameters()))
 
