@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from .sharding import (
     check_placement,
     check_sharding,
+    first_index,
     local,
     local_gradient,
     local_rows,
@@ -163,10 +164,11 @@ class CoatOptimizer(Optimizer):
             if group["weights"] == Weights.MASTER:
                 none = torch.empty(0, dtype=torch.uint8, device=device)
                 residuals = [state_rows(p, state[RESIDUAL]) if RESIDUAL in state else none for p, state in owned]
+            places = {"numbers": numbers, "firsts": [first_index(p) for p in params]}
             values, grads = [local_rows(p) for p in params], [local_gradient(p) for p in params]
-            self._step_device(group, values, grads, moments, residuals, steps, self._skipped_on(device), numbers)
+            self._step_device(group, values, grads, moments, residuals, steps, self._skipped_on(device), places)
 
-    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, numbers) -> None:
+    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, places) -> None:
         raise NotImplementedError
 
     def _layout(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -374,7 +376,7 @@ class CoatAdamW(CoatOptimizer):
         values = (lr, betas, eps, weight_decay, group_size, format, weights, seed, capturable)
         super().__init__(params, dict(zip(self.SETTINGS, values, strict=True)))
 
-    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, numbers) -> None:
+    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, places) -> None:
         adamw_step(
             params,
             grads,
@@ -391,5 +393,5 @@ class CoatAdamW(CoatOptimizer):
             format=StateFormat(group["format"]),
             weights=Weights(group["weights"]),
             seed=group["seed"],
-            numbers=numbers,
+            **places,
         )

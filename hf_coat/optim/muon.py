@@ -22,7 +22,7 @@ from coat_kernels.states import StateFormat, Weights, read_weights, round_weight
 from torch import nn
 
 from .adamw import RESIDUAL, CoatAdamW, CoatOptimizer
-from .sharding import is_sharded, local, local_gradient, placed_as
+from .sharding import first_index, is_sharded, local, local_gradient, placed_as
 
 E4M3 = torch.float8_e4m3fn
 # Chosen by Keller Jordan for speed: singular values end between about 0.7 and 1.2, not at 1.
@@ -198,7 +198,7 @@ class CoatMuon(CoatAdamW):
         new = read_weights(here, residual) * (1 - group["lr"] * group["weight_decay"])
         new -= group["lr"] * MuonScale(group["scale"]).factor(*param.shape) * step
         key = weight_key(group["seed"], number, state["step"])
-        new, new_residual = round_weights(new, here.dtype, Weights(group["weights"]), key)
+        new, new_residual = round_weights(new, here.dtype, Weights(group["weights"]), key, first_index(param))
         new_codes, _, new_scale = quantize(
             m, E4M3, Granularity.GROUP, group_size=size, power_of_two=True, scale_dtype=torch.uint8
         )

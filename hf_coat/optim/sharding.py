@@ -3,7 +3,13 @@
 A step needs nothing from other processes as long as no group is cut: groups run along the last dimension, and FSDP2
 cuts the first. Of a vector these are the same, so a vector is seen as a column: rows of one value, and groups of one.
 That holds for plain tensors too; otherwise states could not move to another number of processes.
+
+Stochastic rounding hashes a value's index in the whole parameter, so that its result is the same for every number of
+processes among which the first dimension is cut. Where another one is (tensor parallelism), indices count on from the
+first value of a piece, and chance depends on how it was cut.
 """
+
+import math
 
 import torch
 
@@ -39,6 +45,25 @@ def local_gradient(param: torch.Tensor) -> torch.Tensor:
 def rows_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the whole of a parameter of ``shape``, of a vector as a column."""
     return (*shape, 1) if len(shape) == 1 else tuple(shape)
+
+
+def first_index(param: torch.Tensor) -> int:
+    """The index of the first value that this process holds in the whole parameter, counted row by row.
+
+    Where the first dimension alone is cut, as FSDP2 does, the process holds the values from there on.
+    """
+    if not is_sharded(param):
+        return 0
+    starts, lengths = [0] * param.dim(), list(param.shape)
+    for i, placement in enumerate(param.placements):
+        dim = getattr(placement, "dim", None)  # Shard and its kin
+        if dim is None:
+            continue
+        piece = -(-lengths[dim] // param.device_mesh.size(i))  # as torch.chunk cuts
+        before = min(piece * param.device_mesh.get_coordinate()[i], lengths[dim])
+        starts[dim] += before
+        lengths[dim] = min(piece, lengths[dim] - before)
+    return sum(start * math.prod(param.shape[dim + 1 :]) for dim, start in enumerate(starts))
 
 
 def placed_as(param: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -45,6 +45,7 @@ def per_parameter(params, codes, scales, expansions):
 def adamw_step_ref(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions,
     residuals, steps, skipped, lr, beta1, beta2, eps, weight_decay, group_size, format, weights, seed, numbers,
+    firsts,
 ):  # fmt: skip
     lr, format, weights = lr.item(), StateFormat(format), Weights(weights)
     first = per_parameter(params, exp_avgs, exp_avg_scales, exp_avg_expansions)
@@ -62,7 +63,7 @@ def adamw_step_ref(
             new = read_weights(p, low) * (1 - lr * weight_decay)
             new.addcdiv_(m, denominator, value=-lr / correction1)
             encoded = encode_moments([m, v], group_size, format)
-            commit(p, new, low, key, begin, weights, states, encoded, skipped, group_size)
+            commit(p, new, low, key, firsts[i] + begin, weights, states, encoded, skipped, group_size)
 
 
 _adamw_step = register(
@@ -70,14 +71,16 @@ _adamw_step = register(
     "Tensor(d!)[] exp_avg_expansions, Tensor(e!)[] exp_avg_sqs, Tensor(f!)[] exp_avg_sq_scales, "
     "Tensor(g!)[] exp_avg_sq_expansions, Tensor(h!)[] residuals, Tensor[] steps, Tensor(i!) skipped, Tensor lr, "
     "float beta1, float beta2, float eps, float weight_decay, int group_size, str format, str weights, int seed, "
-    "int[] numbers) -> ()",
+    "int[] numbers, int[] firsts) -> ()",
     adamw_step_ref,
     lambda *args: None,
     "adamw_triton:adamw_step",
 )
 
 
-def check_step(op, params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers):
+def check_step(
+    op, params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers, firsts
+):
     """Refuse what an optimizer's step cannot take; ``moments`` are (codes, scales, expansions) by name."""
     if not 1 <= group_size <= MAX_GROUP_SIZE:
         raise ValueError(f"{op}: group_size is {group_size}, expected 1 to {MAX_GROUP_SIZE}")
@@ -92,7 +95,8 @@ def check_step(op, params, grads, moments, residuals, steps, skipped, lr, group_
     if weights is Weights.MASTER or residuals:
         shapes = [param.shape if param.dtype == torch.bfloat16 else torch.Size([0]) for param in params]
         expected["residuals"] = residuals, torch.uint8, shapes if weights is Weights.MASTER else []
-    counted = {"grads": grads, "steps": steps, "numbers": numbers} | {k: v[0] for k, v in expected.items() if v[2]}
+    counted = {"grads": grads, "steps": steps, "numbers": numbers, "firsts": firsts}
+    counted |= {k: v[0] for k, v in expected.items() if v[2]}
     for name, values in counted.items():
         if len(values) != len(params):
             raise ValueError(f"{op}: {len(values)} {name} for {len(params)} params")
@@ -149,6 +153,7 @@ def adamw_step(
     weights: Weights,
     seed: int,
     numbers: list[int],
+    firsts: list[int],
 ) -> None:
     """One AdamW step of many parameters of one device, in place, with moments of 8 bits per value (paper section 3).
 
@@ -171,8 +176,8 @@ def adamw_step(
         group_size: Values per group, 1 to 1024.
         format: How the moments are kept.
         weights: How BF16 parameters are rounded or kept.
-        seed, numbers: What stochastic rounding depends on beside the step: the run's seed, and the number of each
-            parameter in the run.
+        seed, numbers, firsts: What stochastic rounding depends on beside the step: the run's seed, the number of each
+            parameter in the run, and the index of its first value in the whole parameter, of which it may be a piece.
 
     Raises:
         TypeError, ValueError: For dtypes, shapes or devices that do not fit; the message names the tensor.
@@ -181,10 +186,11 @@ def adamw_step(
     if not isinstance(lr, torch.Tensor):
         lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
     check_step(
-        "adamw_step", params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers
-    )
+        "adamw_step", params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers,
+        firsts,
+    )  # fmt: skip
     scalars = map(float, (beta1, beta2, eps, weight_decay))
     _adamw_step(
         params, grads, *exp_avg, *exp_avg_sq, residuals, steps, skipped, lr, *scalars, group_size, format.value,
-        weights.value, seed, numbers,
+        weights.value, seed, numbers, firsts,
     )  # fmt: skip

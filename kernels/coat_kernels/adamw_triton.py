@@ -160,11 +160,11 @@ def _adamw_kernel(
 
 def adamw_step(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions,
-    residuals, steps, skipped, lr, beta1, beta2, eps, weight_decay, group_size, format, weights, seed, numbers,
+    residuals, steps, skipped, lr, beta1, beta2, eps, weight_decay, group_size, format, weights, seed, numbers, firsts,
 ):  # fmt: skip
     moments = (exp_avgs, exp_avg_scales, exp_avg_expansions), (exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions)
     shared.launch(
         _adamw_kernel, params, grads, moments, residuals, steps, skipped, lr, (beta1, beta2),
         (beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay), group_size, StateFormat(format), Weights(weights),
-        seed, numbers,
+        seed, numbers, firsts,
     )  # fmt: skip

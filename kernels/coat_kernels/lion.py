@@ -13,7 +13,7 @@ from .states import StateFormat, Weights, decode_moments, encode_moments, read_w
 
 def lion_step_ref(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, residuals, steps, skipped, lr, beta1, beta2,
-    weight_decay, group_size, format, weights, seed, numbers,
+    weight_decay, group_size, format, weights, seed, numbers, firsts,
 ):  # fmt: skip
     lr, format, weights = lr.item(), StateFormat(format), Weights(weights)
     states = per_parameter(params, exp_avgs, exp_avg_scales, exp_avg_expansions)
@@ -27,14 +27,14 @@ def lion_step_ref(
             new = (read_weights(p, low) * (1 - lr * weight_decay)).sub_(direction, alpha=lr)
             m = m.mul_(beta2).add_(g, alpha=1 - beta2)
             encoded = encode_moments([m], group_size, format)
-            commit(p, new, low, key, begin, weights, [state], encoded, skipped, group_size)
+            commit(p, new, low, key, firsts[i] + begin, weights, [state], encoded, skipped, group_size)
 
 
 _lion_step = register(
     "lion_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales, "
     "Tensor(d!)[] exp_avg_expansions, Tensor(e!)[] residuals, Tensor[] steps, Tensor(f!) skipped, Tensor lr, "
-    "float beta1, float beta2, float weight_decay, int group_size, str format, str weights, int seed, int[] numbers) "
-    "-> ()",
+    "float beta1, float beta2, float weight_decay, int group_size, str format, str weights, int seed, int[] numbers, "
+    "int[] firsts) -> ()",
     lion_step_ref,
     lambda *args: None,
     "lion_triton:lion_step",
@@ -58,6 +58,7 @@ def lion_step(
     weights: Weights,
     seed: int,
     numbers: list[int],
+    firsts: list[int],
 ) -> None:
     """One Lion step of many parameters of one device, in place (arXiv 2302.06675, algorithm 2).
 
@@ -72,10 +73,11 @@ def lion_step(
         lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
     moments = {"exp_avg": exp_avg}
     check_step(
-        "lion_step", params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers
-    )
+        "lion_step", params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers,
+        firsts,
+    )  # fmt: skip
     scalars = map(float, (beta1, beta2, weight_decay))
     _lion_step(
         params, grads, *exp_avg, residuals, steps, skipped, lr, *scalars, group_size, format.value, weights.value,
-        seed, numbers,
+        seed, numbers, firsts,
     )  # fmt: skip

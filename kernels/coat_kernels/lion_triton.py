@@ -110,10 +110,10 @@ def _lion_kernel(
 
 def lion_step(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, residuals, steps, skipped, lr, beta1, beta2,
-    weight_decay, group_size, format, weights, seed, numbers,
+    weight_decay, group_size, format, weights, seed, numbers, firsts,
 ):  # fmt: skip
     shared.launch(
         _lion_kernel, params, grads, [(exp_avgs, exp_avg_scales, exp_avg_expansions)], residuals, steps, skipped, lr,
         (beta1, beta2), (beta1, 1 - beta1, beta2, 1 - beta2, weight_decay), group_size, StateFormat(format),
-        Weights(weights), seed, numbers,
+        Weights(weights), seed, numbers, firsts,
     )  # fmt: skip

@@ -283,9 +283,15 @@ def weight_key(seed: int, parameter: int, step: torch.Tensor) -> torch.Tensor:
     return hashed(step.long(), hashed(parameter, hashed(seed, 1)))
 
 
+def mixed(index: torch.Tensor | int) -> torch.Tensor | int:
+    """What an index adds to the key of its hash: the sum of those of two indices is that of their sum, but for bits
+    above the lowest 32, if that sum is below 2**32."""
+    return index * 0x9E3779B1 + (index >> 32) * 0x85EBCA77
+
+
 def hashed(index: torch.Tensor | int, key: torch.Tensor | int) -> torch.Tensor | int:
     """32 bits of chance, as integers below 2**32, for each int64 ``index`` under a key (murmur3's finalizer)."""
-    x = (index * 0x9E3779B1 + (index >> 32) * 0x85EBCA77 + key) & 0xFFFFFFFF
+    x = (mixed(index) + key) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # in place, where it is a tensor
         x ^= x >> shift
         x *= factor

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .states import StateFormat, Weights, hashed
+from .states import StateFormat, Weights, hashed, mixed
 from .tiles_triton import INTERPRETED, to_float, to_fp8
 
 # The columns of the table, int64.
@@ -386,7 +386,7 @@ def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch
     return table
 
 
-def _scalars(lr, steps, numbers, betas, weights, seed, device) -> torch.Tensor:
+def _scalars(lr, steps, places, betas, weights, seed, device) -> torch.Tensor:
     """What changes with the step, float32 [parameters, SCALARS]: made where the steps are."""
     where = steps[0].device
     steps = torch.stack(steps).flatten()
@@ -397,7 +397,11 @@ def _scalars(lr, steps, numbers, betas, weights, seed, device) -> torch.Tensor:
     host[:, 1] = 1 / (1 - beta1 ** steps.double())
     host[:, 2] = (1 - beta2 ** steps.double()).rsqrt()
     if weights is Weights.STOCHASTIC:
-        keys = hashed(steps.long(), _on_device((tuple(hashed(n, hashed(seed, 1)) for n in numbers),), where)[0])
+        # The kernel counts from the first value that is here. What that one adds to the key makes up for it, in
+        # parameters of up to 2**32 values.
+        rows = (hashed(n, hashed(seed, 1)) for n, _ in places), (mixed(first) & 0xFFFFFFFF for _, first in places)
+        keys, moved = _on_device(tuple(map(tuple, rows)), where)
+        keys = (hashed(steps.long(), keys) + moved) & 0xFFFFFFFF
         host[:, 3] = (keys - ((keys >> 31) << 32)).int().view(torch.float32)
     scalars = host.to(device, non_blocking=True)
     if lr.device not in (where, torch.device("cpu")):
@@ -407,7 +411,7 @@ def _scalars(lr, steps, numbers, betas, weights, seed, device) -> torch.Tensor:
 
 def launch(
     kernel, params, grads, moments, residuals, steps, skipped, lr, betas, constants, group_size, format, weights,
-    seed, numbers,
+    seed, numbers, firsts,
 ):  # fmt: skip
     """Step all parameters with one launch of ``kernel`` for those of equal dtypes, width of groups and alignment.
 
@@ -434,18 +438,18 @@ def launch(
         values = pointers[0] | pointers[1] | pointers[2] | pointers[3] | (pointers[6] if len(moments) > 1 else 0)
         pointers += [0] * (GROUP_COUNT.value - len(pointers))
         aligned = values % VECTOR == 0 and (not ragged or columns % VECTOR == 0)
-        rows, of_rows, row_numbers = kinds[param.dtype, grad.dtype, mode, lanes, ragged, aligned]
+        rows, of_rows, places = kinds[param.dtype, grad.dtype, mode, lanes, ragged, aligned]
         rows.append([*pointers, count // columns * groups_per_row, columns, groups_per_row])
         of_rows.append(steps[i])
-        row_numbers.append(numbers[i])
+        places.append((numbers[i], firsts[i]))
     with torch.cuda.device_of(skipped):
-        for (param_dtype, grad_dtype, mode, lanes, ragged, aligned), (rows, of_rows, row_numbers) in kinds.items():
+        for (param_dtype, grad_dtype, mode, lanes, ragged, aligned), (rows, of_rows, places) in kinds.items():
             groups, programs = min(max(1, TILE // lanes), MOST_GROUPS), 0
             for row in rows:
                 row.append(programs)
                 programs += -(-row[GROUP_COUNT.value] // (groups * TILES))
             table = _on_device(tuple(map(tuple, rows)), skipped.device)
-            scalars = _scalars(lr, of_rows, row_numbers, betas, mode, seed, skipped.device)
+            scalars = _scalars(lr, of_rows, places, betas, mode, seed, skipped.device)
             kernel[(programs,)](
                 table, scalars, len(rows), skipped, *constants,
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,

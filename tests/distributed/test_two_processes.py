@@ -12,7 +12,7 @@ import torch
 
 WORKER = Path(__file__).with_name("two_processes.py")
 SECONDS = 150  # all of it takes about 20 where nothing else runs
-IN_ONE = ["adamw", "coat", "coat_lora", "coat_ddp", "released", "muon", "resumed"]
+IN_ONE = ["adamw", "stochastic", "coat", "coat_lora", "coat_ddp", "released", "muon", "resumed"]
 IN_TWO = [*IN_ONE, "full", "refused", "killed"]
 KILLED = 17
 
@@ -77,6 +77,12 @@ def test_sharded_training_is_the_training(results):
     assert (alone["rows_held"], first["rows_held"], second["rows_held"]) == (5, 3, 2)
     of_weight, of_vector = (first["states"]["state"][name] for name in ("up.weight", "scale"))
     assert of_weight["exp_avg_scale"].shape == (5, 3) and of_vector["exp_avg_scale"].shape == (301, 1)
+
+
+def test_chance_does_not_know_of_processes(results):
+    """Stochastic rounding of a row is the same wherever the row lies."""
+    alone, first = results("stochastic")
+    assert same(alone, first) and len(set(alone["losses"])) == 3
 
 
 def test_checkpoints_change_hands(results):

@@ -65,8 +65,8 @@ def train(model, optimizer, steps, data=batch):
     return losses
 
 
-def made(sharded, **options):
-    model = Uneven()
+def made(sharded, dtype=torch.float32, **options):
+    model = Uneven().to(dtype)
     if sharded:
         for part in (model.up, model.down):
             fully_shard(part)
@@ -108,6 +108,13 @@ def adamw(folder, rank, sharded):
         "states": states,
         "rows_held": len(codes.to_local() if sharded else codes),
     }
+
+
+def stochastic(folder, rank, sharded):
+    """BF16 weights that are rounded by chance."""
+    model, optimizer = made(sharded, torch.bfloat16, weights="stochastic")
+    losses = train(model, optimizer, range(3), data=lambda step: batch(step).bfloat16())
+    return {"losses": losses, "params": whole(model, optimizer)[0]}
 
 
 def resumed(folder, rank, sharded):
@@ -261,7 +268,10 @@ def killed(folder, rank, sharded):
         os._exit(0)  # there is nobody left to meet at the barrier
 
 
-SCENARIOS = {f.__name__: f for f in (adamw, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed)}
+SCENARIOS = {
+    f.__name__: f
+    for f in (adamw, stochastic, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed)
+}
 
 
 def main(folder, rank, world_size, port, *scenarios):

@@ -66,6 +66,7 @@ class Case:
             self.residuals = [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
         self.steps = [torch.zeros(()) for _ in params]
         self.skipped = torch.zeros(1, dtype=torch.int64)
+        self.firsts = [0] * len(params)
 
     def copy(self):
         return copy.deepcopy(self)
@@ -78,7 +79,8 @@ class Case:
         return [*(t for tensors in self.lists() for t in tensors), self.skipped]
 
     def settings(self):
-        return self.group_size, self.format.value, self.weights.value, 3, list(range(len(self.params)))
+        numbers = list(range(len(self.params)))
+        return self.group_size, self.format.value, self.weights.value, 3, numbers, self.firsts
 
     def run(self, step, grads, device="cpu"):
         for t in self.steps:
@@ -246,6 +248,22 @@ def test_where_steps_are_counted_changes_nothing_but_roundings(twin, device):
     other.steps = [t.to(device) for t in other.steps]
     other.run(twin, g, device)
     assert_close(other, case, Case(params, "lean", "stochastic"), g)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "twin"])
+def test_pieces_are_rounded_as_the_whole(implementation, request, device):
+    """Chance is of a value's place in the whole parameter: two processes that share its rows end at the same bits."""
+    step = request.getfixturevalue("twin") if implementation == "twin" else adamw_step_ref
+    device = device if implementation == "twin" else "cpu"
+    x, g = torch.randn(7, 300).bfloat16(), torch.randn(7, 300)
+    whole, *pieces = (Case([x[rows]], "lean", "stochastic") for rows in (slice(7), slice(4), slice(4, 7)))
+    pieces[1].firsts = [4 * 300]
+    whole.run(step, [g], device)
+    for piece, rows in zip(pieces, (slice(4), slice(4, 7)), strict=True):
+        piece.run(step, [g[rows]], device)
+    assert torch.equal(torch.cat([piece.params[0] for piece in pieces]), whole.params[0])
+    elsewhere = Case([x[4:]], "lean", "stochastic").run(step, [g[4:]], device)
+    assert not torch.equal(elsewhere.params[0], pieces[1].params[0]), "it does depend on the place"
 
 
 # --- what encoding does with a group
@@ -598,6 +616,7 @@ def arguments(**changes):
         "weights": case.weights,
         "seed": 0,
         "numbers": [0, 1],
+        "firsts": [0, 0],
     }
     return values | case.options | changes
 
@@ -614,6 +633,7 @@ def arguments(**changes):
         ({"format": StateFormat.E4M3}, ValueError, "2 exp_avg_expansions, expected none with .*E4M3"),
         ({"weights": Weights.MASTER}, ValueError, "0 residuals for 2 params"),
         ({"numbers": [0]}, ValueError, "1 numbers for 2 params"),
+        ({"firsts": [0]}, ValueError, "1 firsts for 2 params"),
         ({"steps": [torch.ones(2), torch.ones(())]}, ValueError, r"steps\[0\] has the shape \[2\]"),
         ({"skipped": torch.zeros(1)}, ValueError, "skipped is torch.float32"),
         ({"lr": torch.ones(2)}, ValueError, r"lr has the shape \[2\]"),
@@ -643,25 +663,28 @@ def test_operator(mode):
 
 
 @pytest.mark.gpu
-def test_more_values_than_int32_counts():
+@pytest.mark.parametrize(("format", "weights"), [("lean", "nearest"), ("lean", "master"), ("paper", "nearest")])
+def test_more_values_than_int32_counts(format, weights):
     """Parameters of more than 2**31 values, in whole and in ragged groups: the last values move as they should."""
     from coat_kernels.adamw_triton import adamw_step as twin
 
     free = torch.cuda.mem_get_info()[0]
     for shape in ((2**31 + 512,), (3, 2**30 + 8)):
-        need = 7 * math.prod(shape)
+        need = 8 * math.prod(shape)
         if free < need:
             pytest.skip(f"needs {need / 2**30:.0f} GiB of free GPU memory, there are {free / 2**30:.0f}")
         param, grad = (torch.ones(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         moments = []
         for _ in range(2):
             codes, scales = torch.zeros(shape, dtype=torch.uint8, device="cuda"), group_shape(shape, 128)
-            moments += [[codes], [torch.zeros(scales, device="cuda")], []]
+            expansions = [torch.full(scales, 16, dtype=torch.uint8, device="cuda")] if format == "paper" else []
+            moments += [[codes], [torch.zeros(scales, device="cuda")], expansions]
         last = (*(n - 1 for n in shape[:-1]), slice(shape[-1] - 8, shape[-1]))
         grad[last] = -2.0
         skipped = torch.zeros(1, dtype=torch.int64, device="cuda")
-        options = (torch.tensor(0.5), 0.9, 0.999, 1e-8, 0.0, 128, "lean", "nearest", 0, [0])
-        twin([param], [grad], *moments, [], [torch.ones(())], skipped, *options)
+        options = (torch.tensor(0.5), 0.9, 0.999, 1e-8, 0.0, 128, format, weights, 0, [0], [0])
+        residuals = [torch.zeros(shape, dtype=torch.uint8, device="cuda")] if weights == "master" else []
+        twin([param], [grad], *moments, residuals, [torch.ones(())], skipped, *options)
         assert (param[last] == 1.5).all() and (param == 0.5).sum().item() == math.prod(shape) - 8
         assert skipped.item() == 0
-        del param, grad, moments
+        del param, grad, moments, residuals

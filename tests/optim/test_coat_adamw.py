@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_coat.optim import CoatAdamW
+from hf_coat.optim import CoatAdamW, CoatLion
 
 MODES = [("lean", "stochastic"), ("lean", "master"), ("paper", "nearest"), ("e4m3", "stochastic")]
 SHAPES = [(40, 200), (3, 5, 70), (300,), (), (0, 4), (6, 3, 2, 2)]
@@ -570,14 +570,15 @@ def test_steps_that_are_counted_on_the_device(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [CoatAdamW, CoatLion])
 @pytest.mark.parametrize(("format", "weights"), MODES)
-def test_cuda_graph(format, weights):
+def test_cuda_graph(format, weights, kind):
     """A captured step, replayed, is the step: on new gradients and with another learning rate."""
     runs = []
     for captured in (True, False):
         params = parameters(torch.bfloat16, "cuda")
         lr = torch.tensor(1e-2, device="cuda")
-        optimizer = CoatAdamW(params, lr=lr, format=format, weights=weights, capturable=True)
+        optimizer = kind(params, lr=lr, format=format, weights=weights, capturable=True)
         set_gradients(params, 0)
         optimizer.step()
         torch.cuda.synchronize()
@@ -596,9 +597,11 @@ def test_cuda_graph(format, weights):
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device():
+@pytest.mark.parametrize("kind", [CoatAdamW, CoatLion])
+@pytest.mark.parametrize(("format", "weights"), MODES)
+def test_a_step_never_waits_for_the_device(format, weights, kind):
     params = parameters(torch.bfloat16, "cuda") + parameters(torch.float32, "cuda", seed=1)
-    optimizer = CoatAdamW(params, lr=torch.tensor(1e-3, device="cuda"))
+    optimizer = kind(params, lr=torch.tensor(1e-3, device="cuda"), format=format, weights=weights)
     set_gradients(params, 0)
     optimizer.step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
