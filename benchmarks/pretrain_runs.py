@@ -7,11 +7,14 @@ A run is a process of ``examples/pretrain.py``, which is given every option that
 a time share a GPU, the others wait. A RUN is VARIANT or VARIANT:SEED, where the seed chooses the initial weights and
 the order of the data; the others are compared with the first one. Variants:
 
-    bf16                      torch's fused AdamW; FP32 weights and BF16 autocast, as in all others
+    bf16                      torch's fused AdamW; FP32 weights (as in all but the last four) and BF16 autocast
     bf16-compiled             the same with torch.compile
     lean, paper               the presets
     lean-model, paper-model   only what they do to the model, with torch's AdamW
     optimizer                 only COAT's optimizer
+    bf16-weights              BF16 weights, and torch's fused AdamW with BF16 states
+    bf16-weights-nearest, bf16-weights-stochastic, bf16-weights-master
+                              BF16 weights and only COAT's optimizer, by how it keeps them
     NAME={...}                any recipe as JSON, under a name of its own; NAME:SEED={...} with a seed
 
 When ``--max_seconds`` are nearly over, runs stop where they are and are evaluated, and the table says so. A second
@@ -33,6 +36,7 @@ from queue import SimpleQueue
 from statistics import mean
 
 import torch
+from coat_kernels.states import Weights
 from environment import environment
 
 import hf_coat
@@ -49,12 +53,21 @@ def model_half(preset: str) -> str:
     return json.dumps(hf_coat.HfCoatConfig(model=PRESETS[preset].model, optimizer=None).to_dict())
 
 
+def optimizer_half(**settings) -> str:
+    return json.dumps({"model": None, "optimizer": settings})
+
+
+BF16_WEIGHTS = ["--weights_dtype", "bfloat16"]
 VARIANTS = {
     "bf16": [],
     "bf16-compiled": ["--torch_compile", "true"],
     **{name: ["--coat", name] for name in PRESETS},
     **{f"{name}-model": ["--coat", model_half(name)] for name in PRESETS},
-    "optimizer": ["--coat", '{"model": null}'],
+    "optimizer": ["--coat", optimizer_half()],
+    "bf16-weights": BF16_WEIGHTS,
+    **{
+        f"bf16-weights-{kept.value}": [*BF16_WEIGHTS, "--coat", optimizer_half(weights=kept.value)] for kept in Weights
+    },
 }
 
 
@@ -103,6 +116,7 @@ def shared(row: dict) -> dict:
     """The settings that a run shares with those it is compared with, taken out of its record."""
     arguments, script = row.pop("arguments"), row.pop("script")
     row |= {name: arguments.pop(name) for name in ("coat", "data_seed", "optim")}
+    row["weights_dtype"] = script.pop("weights_dtype")
     for settings, own in ((arguments, ("seed", "output_dir")), (script, ("corpus",))):
         for name in own:
             del settings[name]
@@ -126,7 +140,7 @@ def train_loss_gap(row: dict, base: dict) -> float:
 def table(rows: list[dict], planned_steps: int) -> str:
     """Held-out losses, and the gaps to the first run in nats where both took as many steps."""
     heads = ["run", "steps", "as trained", "gap", "plain BF16", "gap", "training gap", "tokens/s", "peak GiB"]
-    lines = [f"{heads[0]:<16}" + "".join(f"{head:>13}" for head in heads[1:])]
+    lines = [f"{heads[0]:<24}" + "".join(f"{head:>13}" for head in heads[1:])]
     base = rows[0]
     for row in rows:
         other, unequal = row is not base, row["steps"] != base["steps"]
@@ -141,7 +155,7 @@ def table(rows: list[dict], planned_steps: int) -> str:
             notes.append(f"stopped before step {planned_steps}")
         if row["seed"] == base["seed"] and not unequal and row["data_sha256"] != base["data_sha256"]:
             notes.append("NOT THE SAME DATA")
-        lines.append(f"{label(row):<16}" + "".join(f"{cell:>13}" for cell in cells) + "  ".join(["", *notes]))
+        lines.append(f"{label(row):<24}" + "".join(f"{cell:>13}" for cell in cells) + "  ".join(["", *notes]))
     for name in dict.fromkeys(row["name"] for row in rows):
         losses = [row["held_out_loss"] for row in rows if row["name"] == name and row["steps"] == planned_steps]
         if len(losses) > 1:
@@ -155,11 +169,12 @@ def ranking(order: list[tuple[str, int]]):
 
 
 def earlier_rows(file: Path | None, settings: dict) -> dict[tuple[str, int], dict]:
-    """The rows of a result file by name and seed, if it was made with these settings."""
+    """The rows of a result file by name and seed, if it was made with these settings, at whatever commit."""
     if file is None or not file.exists():
         return {}
     result = json.loads(file.read_text())
-    rows = {(row["name"], row["seed"]): row for row in result.pop("rows")}
+    commit = result.pop("commit", None)  # of rows that do not say their own
+    rows = {(row["name"], row["seed"]): {"commit": commit, **row} for row in result.pop("rows")}
     if result != settings:
         print(f"{file} was made with other settings or elsewhere: its runs are not kept", flush=True)
         return {}
@@ -182,6 +197,7 @@ def main() -> None:
     if options.steps is not None:
         extra += ["--max_steps", str(options.steps)]
     where = environment("accelerate", "tokenizers")
+    commit = where.pop("commit")
 
     corpus = ["--corpus", options.folder / "corpus", "--corpus_only", "true", "--output_dir", options.folder]
     subprocess.run([sys.executable, EXAMPLE, *corpus, *extra], check=True)
@@ -212,7 +228,7 @@ def main() -> None:
                 settings, rows = mine, earlier_rows(options.json, mine)
             if mine != settings:
                 raise ValueError(f"{label(row)} had other settings than a run before it: {mine}, not {settings}")
-            rows[row["name"], row["seed"]] = row
+            rows[row["name"], row["seed"]] = {"commit": commit, **row}
             print(f"{label(row)} done {after}, held-out loss {row['held_out_loss']:.4f}", flush=True)
             if options.json:
                 result = {**settings, "rows": [rows[run] for run in sorted(rows, key=ranking(order))]}

@@ -4,7 +4,9 @@
     python examples/pretrain.py --coat lean --tiny     # the whole path in half a minute on a CPU
 
 Weights are FP32 and the model computes in BF16 (``--bf16``), as is usual from scratch: the update of a BF16 weight is
-often smaller than half of the distance to the next BF16 number, and lost. The text is what this machine has on its
+often smaller than half of the distance to the next BF16 number, and lost. ``--weights_dtype bfloat16`` keeps the
+weights in BF16 all the same: COAT's optimizer rounds them by chance, or remembers 8 more bits of each
+(``--coat '{"optimizer": {"weights": "master"}}'``). The text is what this machine has on its
 disk; its order depends on ``--data_seed`` alone, or on ``--seed`` without it. Every option of
 ``transformers.TrainingArguments`` works. Without ``--coat`` the training is the one you know.
 """
@@ -16,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -73,6 +76,7 @@ class ScriptArguments:
         sizes: What its configuration takes, as JSON; by default those of a Llama of 107 M parameters.
         text: A folder of text files; by default the sources and documentation that are on this machine.
         corpus: The folder that keeps the text as tokens.
+        weights_dtype: What the parameters are kept in, float32 or bfloat16; both begin with the same numbers.
         vocab_size: Entries of the tokenizer, which is trained on the text.
         block_size: Tokens in a sequence; documents are packed into sequences of this length.
         held_out_tokens: How much text is kept out of the training for the loss at the end.
@@ -89,6 +93,7 @@ class ScriptArguments:
     )
     text: str | None = None
     corpus: str = "runs/corpus"
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
     vocab_size: int = 4096
     block_size: int = 1024
     held_out_tokens: int = 2**21
@@ -141,6 +146,8 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     config = AutoConfig.for_model(script_args.model_type, **tokens, **sizes)
     transformers.set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for p in model.parameters():  # buffers stay: positions need the float32 of the rotary embedding's
+        p.data = p.data.to(getattr(torch, script_args.weights_dtype))
 
     blocks = len(text.training) // script_args.block_size
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

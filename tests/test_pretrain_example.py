@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import hf_coat
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -127,6 +129,26 @@ def test_the_same_but_for_coat(scripts, pretrain):
     assert lean["memory"]["optimizer_states"] < bf16["memory"]["optimizer_states"] / 3, "E4M3 and its scales, not FP32"
 
 
+def test_bf16_weights(scripts, pretrain, tmp_path):
+    """The same numbers at first, but for their rounding; what lies beside BF16 weights is what their variant says."""
+    rows = {}
+    for variant in ("optimizer", "bf16-weights", "bf16-weights-nearest", "bf16-weights-master"):
+        rows[variant] = pretrain("--max_steps", "10", *scripts.runs.parse_run(variant)[2])
+    shared = {variant: scripts.runs.shared(row) for variant, row in rows.items()}
+    assert all(settings == shared["optimizer"] for settings in shared.values()), "runs that one table compares"
+    dtypes = [row["weights_dtype"] for row in rows.values()]
+    assert dtypes == ["float32", "bfloat16", "bfloat16", "bfloat16"]
+    full, plain, nearest, master = (row["memory"] for row in rows.values())
+    count = shared["optimizer"]["parameters"]
+    assert full["weights"] - plain["weights"] == full["gradients"] - plain["gradients"] == 2 * count
+    assert full["optimizer_states"] == nearest["optimizer_states"] == master["optimizer_states"] - count
+    # One step of the same rounded weights, from which only the next BF16 number is as far away as 2**-8 of a weight.
+    losses = [next(iter(row["train_loss"].values())) for row in rows.values()]
+    assert losses == pytest.approx([losses[0]] * 4, rel=2**-8)
+    with pytest.raises(SystemExit):
+        pretrain("--weights_dtype", "float16")
+
+
 def test_runs(scripts, folder, tmp_path, monkeypatch, capfd):
     """The benchmark: a process for each run, a checkpoint that transformers reads alone, the file and the table."""
     options = ["--tiny", "--text", str(folder), "--folder", str(tmp_path), "--json", str(tmp_path / "runs.json")]
@@ -168,6 +190,10 @@ def test_table(scripts):
 def test_names_of_runs(scripts):
     assert scripts.runs.parse_run("bf16") == ("bf16", 0, [])
     assert scripts.runs.parse_run("lean:2") == ("lean", 2, ["--coat", "lean"])
+    name, seed, arguments = scripts.runs.parse_run("bf16-weights-master:3")
+    assert (name, seed, arguments[:2]) == ("bf16-weights-master", 3, ["--weights_dtype", "bfloat16"])
+    recipe = hf_coat.HfCoatConfig.from_dict(json.loads(arguments[-1]))
+    assert recipe == hf_coat.HfCoatConfig(model=None, optimizer=hf_coat.CoatOptimizerConfig(weights="master"))
     assert scripts.runs.parse_run('mine:1={"model": null}') == ("mine", 1, ["--coat", '{"model": null}'])
     model_only = json.loads(scripts.runs.parse_run("paper-model")[2][1])
     assert model_only["optimizer"] is None
@@ -181,8 +207,10 @@ def test_a_second_call_adds_runs(scripts, tmp_path, capsys):
     file = tmp_path / "runs.json"
     assert scripts.runs.earlier_rows(file, {"gpu": "a"}) == scripts.runs.earlier_rows(None, {"gpu": "a"}) == {}
     row = {"name": "bf16", "seed": 1, "held_out_loss": 2.0}
-    file.write_text(json.dumps({"gpu": "a", "rows": [row]}))
-    assert scripts.runs.earlier_rows(file, {"gpu": "a"}) == {("bf16", 1): row}
+    file.write_text(json.dumps({"gpu": "a", "commit": "c", "rows": [row, {**row, "seed": 2, "commit": "d"}]}))
+    rows = scripts.runs.earlier_rows(file, {"gpu": "a"})
+    assert rows["bf16", 1] == {**row, "commit": "c"}
+    assert rows["bf16", 2] == {**row, "seed": 2, "commit": "d"}
     assert capsys.readouterr().out == ""
     assert scripts.runs.earlier_rows(file, {"gpu": "b"}) == {}
     assert "not kept" in capsys.readouterr().out
