@@ -63,7 +63,7 @@ class FrozenWeights(str, enum.Enum):
 
 
 class AllGather(str, enum.Enum):
-    """What FSDP2 gathers of converted linears' weights: ``fp8``, codes and a scale for each row, a byte for each value;
+    """What FSDP2 gathers of converted linears' weights: ``fp8``, codes and a scale for each row, a byte a value;
     ``bf16``, the values as its mixed precision policy has them."""
 
     FP8 = "fp8"
