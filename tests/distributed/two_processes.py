@@ -339,9 +339,9 @@ def gathered_undone(folder, rank, sharded):
     read["gradient"] = str(q_proj.weight.grad.dtype)
     weight = q_proj.weight.full_tensor()
     counted.bytes.clear()
-    read["hooks"] = len(model._forward_pre_hooks)
+    read["hooks"] = [type(hook).__name__ for hook in model._forward_pre_hooks.values()]
     remove_coat(model)
-    read["hooks"] -= len(model._forward_pre_hooks)
+    read["hooks after"] = [type(hook).__name__ for hook in model._forward_pre_hooks.values()]
     loss = model(**tokens(0)).loss.item()
     plain = llama()
     remove_coat(plain)
