@@ -16,6 +16,7 @@ here the object that manages the parameter answers in its place, so that nothing
 """
 
 import functools
+import inspect
 import logging
 from collections import Counter
 
@@ -108,6 +109,10 @@ class Shard:
             bits, scale = (t[: self.param._orig_size[0]] for t in all_gather_outputs)
             return GatheredWeight(bits, scale, param_dtype), ()
         return None
+
+
+# FSDP2 looks at it each time; this saves it most of the work.
+Shard.fsdp_pre_all_gather.__signature__ = inspect.signature(Shard.fsdp_pre_all_gather)
 
 
 @functools.cache

@@ -212,6 +212,12 @@ def test_gathered_codes_are_undone(results):
     assert undone["hooks"][0] == "CodeGather" and "CodeGather" not in undone["hooks after"]
     assert set(undone["bytes"]) == {layer_bytes()}
     assert undone["loss"] == undone["plain"]
+    # a forward and a backward, of which q_proj's 32 rows of 64 values are not in codes
+    assert undone["but q_proj"] == [layer_bytes(code=1) + 32 * (64 * 3 - 4)] * 4
+    assert undone["by columns"] == [layer_bytes()] * 4
+    (said,) = undone["said"]
+    assert "values of 14 converted weights" in said and "14 x cut along its columns" in said
+    assert results("gathered_undone", rank=1)[1]["said"] == []
 
 
 def test_a_process_that_dies_ends_the_other_with_an_error(folder):

@@ -6,6 +6,7 @@ Results go to FOLDER/SCENARIO-RANK.pt. Where both processes see the same batch, 
 one's, exactly, so that two processes must end at the very bits of one.
 """
 
+import logging
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat, remove_coat
@@ -162,8 +164,6 @@ def full(folder, rank, sharded):
 
 def refused(folder, rank, sharded):
     """What goes wrong with a message."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     model, optimizer = made(sharded)
     train(model, optimizer, range(1))
     messages = []
@@ -312,7 +312,8 @@ def gathered_saved(folder, rank, sharded):
 
 
 def gathered_undone(folder, rank, sharded):
-    """remove_coat of a sharded model, refused while gradients wait; and who else reads a weight, or writes to it."""
+    """remove_coat of a sharded model, refused while gradients wait; who else reads a weight, or writes to it; a model
+    that is converted when it is sharded, in part; and one that cannot."""
     model, counted = made_llama("fp8")
     q_proj = model.model.layers[0].self_attn.q_proj
     read = {}
@@ -343,9 +344,22 @@ def gathered_undone(folder, rank, sharded):
     remove_coat(model)
     read["hooks after"] = [type(hook).__name__ for hook in model._forward_pre_hooks.values()]
     loss = model(**tokens(0)).loss.item()
+    read["bytes"] = [*counted.bytes]
     plain = llama()
     remove_coat(plain)
-    return read | {"weight": weight, "bytes": counted.bytes, "loss": loss, "plain": plain(**tokens(0)).loss.item()}
+
+    apply_coat(model, CoatConfig(modules_to_not_convert=["q_proj"]))  # as the probe does in the middle of a run
+    counted.bytes.clear()
+    model(**tokens(0)).loss.backward()
+    read["but q_proj"] = [*counted.bytes]
+
+    said = []
+    logging.getLogger("hf_coat.modules.gather").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: said.append(record.getMessage())
+    by_columns, counted = made_llama("fp8", shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    by_columns(**tokens(0)).loss.backward()
+    read["by columns"], read["said"] = [*counted.bytes], said
+    return read | {"weight": weight, "loss": loss, "plain": plain(**tokens(0)).loss.item()}
 
 
 def coat_lora(folder, rank, sharded):

@@ -16,8 +16,8 @@ from hf_coat.modules.gather import CodeGather
 K = 48
 
 
-def weight(n, k=K, dtype=torch.bfloat16):
-    return nn.Parameter(torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(dtype) / 8)
+def weight(n, k=K, dtype=torch.bfloat16, device="cpu"):
+    return nn.Parameter(torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(device, dtype) / 8)
 
 
 def gathered(weights, requires_grad=True):
@@ -52,11 +52,11 @@ def mlp(x, weights):
 @pytest.mark.parametrize(
     ("function", "shapes"), [(attention, [(64, K), (16, K), (16, K)]), (mlp, [(80, K), (80, K), (K, 80)])]
 )
-def test_codes_give_what_the_weights_give(function, shapes, dtype):
-    plain = [weight(n, k, dtype) for n, k in shapes]
+def test_codes_give_what_the_weights_give(function, shapes, dtype, device):
+    plain = [weight(n, k, dtype, device) for n, k in shapes]
     together = [plain] if function is attention else [plain[:2], plain[2:]]
     codes = [made for group in together for made in gathered(group)]
-    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     ys, dx, dws = run(function, plain, x)
     ys_of_codes, dx_of_codes, dws_of_codes = run(function, codes, x)
     assert all(map(torch.equal, ys, ys_of_codes))
@@ -70,11 +70,11 @@ def test_codes_give_what_the_weights_give(function, shapes, dtype):
         assert (dw - of_codes).float().norm() <= 1e-3 * dw.float().norm()
 
 
-def test_adapters_over_gathered_codes():
-    plain = weight(64).requires_grad_(False)
+def test_adapters_over_gathered_codes(device):
+    plain = weight(64, device=device).requires_grad_(False)
     (codes,) = gathered([plain], requires_grad=False)
-    a, b = weight(4), weight(64, 4)
-    x = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    a, b = weight(4, device=device), weight(64, 4, device=device)
+    x = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     results = []
     for w in (plain, codes):
         a.grad = b.grad = None
