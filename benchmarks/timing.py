@@ -69,8 +69,8 @@ def trace(call: Callable, layers: int, repeats: int = 3, top: int = 25, before: 
     Returns:
         ``busy`` (time in which a kernel ran, over the time from the first kernel to the end of the last); ``idle_ms``
         of a call, and of that ``waiting_ms`` in gaps longer than :data:`IDLE_US`: waiting for the host;
-        ``longest_gap_us``; ``launches`` of kernels in a call and ``launches_per_layer``; ``kernels``, those that took
-        most time, by their milliseconds in a call.
+        ``gaps``, the longest of these, with the kernels around them; ``launches`` of kernels in a call and
+        ``launches_per_layer``; ``kernels``, those that took most time, by their milliseconds in a call.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -83,12 +83,12 @@ def trace(call: Callable, layers: int, repeats: int = 3, top: int = 25, before: 
             call()
         torch.cuda.synchronize()
     events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events)
-    busy, gaps, until = 0.0, [], spans[0][0]
-    for start, end in spans:  # kernels of several streams may overlap
-        gaps.append(max(0.0, start - until))
+    spans = sorted((e.time_range.start, e.time_range.end, e.name[:60]) for e in events)
+    busy, gaps, until, last = 0.0, [], spans[0][0], ""
+    for start, end, name in spans:  # kernels of several streams may overlap
+        gaps.append((max(0.0, start - until), last, name))
         busy += max(0.0, end - max(start, until))
-        until = max(until, end)
+        until, last = max((until, last), (end, name))
     wall = until - spans[0][0]
     time_us, count = defaultdict(float), Counter()
     for event in events:
@@ -99,8 +99,8 @@ def trace(call: Callable, layers: int, repeats: int = 3, top: int = 25, before: 
         "busy": busy / wall,
         "wall_ms": wall / repeats / 1e3,
         "idle_ms": (wall - busy) / repeats / 1e3,
-        "waiting_ms": sum(gap for gap in gaps if gap > IDLE_US) / repeats / 1e3,
-        "longest_gap_us": max(gaps),
+        "waiting_ms": sum(gap for gap, _, _ in gaps if gap > IDLE_US) / repeats / 1e3,
+        "gaps": [{"us": gap, "behind": last, "before": name} for gap, last, name in sorted(gaps, reverse=True)[:10]],
         "launches": launches,
         "launches_per_layer": launches / layers,
         "kernels": [

@@ -62,6 +62,14 @@ class FrozenWeights(str, enum.Enum):
     BF16 = "bf16"
 
 
+class AllGather(str, enum.Enum):
+    """What FSDP2 gathers of converted linears' weights: ``fp8``, codes and a scale for each row, a byte a value;
+    ``bf16``, the values as its mixed precision policy has them."""
+
+    FP8 = "fp8"
+    BF16 = "bf16"
+
+
 class Region(str, enum.Enum):
     """Regions of a vision-language model; see :mod:`hf_coat.policy`."""
 
@@ -167,6 +175,8 @@ class CoatConfig(QuantizationConfigMixin):
         frozen_weights: How linears that do not train store their weights, see :class:`FrozenWeights`. With ``"fp8"``
             ``from_pretrained`` freezes and stores all converted linears, each as soon as it is read; elsewhere it
             applies to those whose weight does not require a gradient. Saves hold the dequantized values.
+        fsdp_all_gather: What FSDP2 (``fully_shard``) gathers of the weights of converted linears, see
+            :class:`AllGather`. With a scale per tensor it gathers the values.
         fuse_loss: Whether a language model's head and loss run as one, in chunks, without ever holding the logits,
             where a library that does it is installed.
 
@@ -188,6 +198,7 @@ class CoatConfig(QuantizationConfigMixin):
     scale_format: ScaleFormat = ScaleFormat.E8M0
     cache_weights: bool = True
     frozen_weights: FrozenWeights = FrozenWeights.AUTO
+    fsdp_all_gather: AllGather = AllGather.FP8
     fuse_loss: bool = True
 
     def __post_init__(self):
@@ -197,6 +208,7 @@ class CoatConfig(QuantizationConfigMixin):
         _set_choice(self, "scale_format", ScaleFormat, tuple(ScaleFormat))
         _check_boolean(self, "cache_weights")
         _set_choice(self, "frozen_weights", FrozenWeights, tuple(FrozenWeights))
+        _set_choice(self, "fsdp_all_gather", AllGather, tuple(AllGather))
         _check_boolean(self, "fuse_loss")
         if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
             raise ValueError(

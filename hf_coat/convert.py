@@ -8,7 +8,7 @@ import torch
 from coat_kernels import Granularity
 from torch import nn
 
-from .config import CoatConfig, FrozenWeights, Keep
+from .config import AllGather, CoatConfig, FrozenWeights, Keep
 from .families import (
     attention_state,
     is_adapted,
@@ -35,10 +35,12 @@ from .modules import (
     NormState,
     convert,
     fuse_loss,
+    gather_codes,
+    gather_values,
     unfuse_loss,
 )
 from .policy import Policy
-from .report import conversion_table
+from .report import conversion_table, format_bytes
 
 STORED = ", stored as FP8"  # in the report, of a frozen weight
 FP8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0), Blackwell (10, 0) and (12, 0)
@@ -56,6 +58,7 @@ class ConversionReport:
         unmatched: Entries of ``modules_to_not_convert``, ``activations`` and ``regions`` that name nothing of this
             model.
         regions: Region of a vision-language model -> where it is, whether it trains, and what its policy is.
+        gathered: What FSDP2 gathers of the converted linears' weights; empty where there is one process.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
@@ -63,6 +66,7 @@ class ConversionReport:
     uncovered: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     regions: dict[str, str] = field(default_factory=dict)
+    gathered: str = ""
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -79,6 +83,7 @@ class ConversionReport:
         if stored:
             lines.append(f"{stored} frozen weights stored as FP8; saves and remove_coat hold what FP8 made of them")
         lines += [f"{region}: {what}" for region, what in self.regions.items()]
+        lines += [f"under FSDP2: {self.gathered}"] if self.gathered else []
         if self.uncovered:
             lines.append("not covered: " + ", ".join(f"{kind} ({what})" for kind, what in self.uncovered.items()))
         if self.unmatched:
@@ -226,6 +231,24 @@ class _Walk:
         if adapted and len(state.firsts) > 1 and self.config.granularity is Granularity.TOKEN:
             self.join(module, state.firsts)
 
+    def gather(self) -> None:
+        """What FSDP2, if it comes, gathers of the weights."""
+        if self.config.fsdp_all_gather is AllGather.BF16:
+            what = "values are gathered, as fsdp_all_gather='bf16' asks"
+        elif self.config.granularity is not Granularity.TOKEN:
+            what = "values are gathered, for a scale per tensor is known when the whole tensor is"
+        else:
+            weights = [module.weight for module in gather_codes(self.model)]
+            count = sum(w.numel() for w in weights)
+            codes = count + 4 * sum(w.shape[0] for w in weights)
+            what = (
+                f"{len(weights)} weights are gathered as FP8 codes, {format_bytes(codes)} instead of "
+                f"{format_bytes(2 * count)} of BF16; norms, embeddings, heads and biases as they are"
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            self.report.gathered = what
+
     def others(self) -> None:
         """Norms, MLPs and attentions."""
         for name, module in list(self.model.named_modules()):
@@ -300,14 +323,17 @@ def apply_coat(model: nn.Module, config: CoatConfig | None = None) -> Conversion
 
     Raises:
         ValueError: For devices and dtypes that cannot train in FP8, or a model with nothing to convert.
+        RuntimeError: For a model that FSDP2 has sharded already and whose gradients wait to be reduced.
     """
     config = CoatConfig() if config is None else config
     check_devices(model)
+    gather_values(model)
     walk = _Walk(model, config)
     walk.linears()
     walk.adapters()
     walk.merge()
     walk.others()
+    walk.gather()
     if not walk.report.converted:
         raise ValueError(f"COAT found nothing to convert in {type(model).__name__}: {walk.report.summary()}")
     walk.loss()
@@ -326,6 +352,7 @@ def remove_coat(model: nn.Module) -> ConversionReport:
         A report whose ``converted`` names the modules that are plain again.
     """
     report = ConversionReport()
+    gather_values(model)
     for name, module in model.named_modules():
         if isinstance(module, (CoatLinear, Converted)):
             how = ", its weight as FP8 had it" if isinstance(module, CoatFrozenLinear) else ""

@@ -64,6 +64,7 @@ def test_repr_shows_what_is_not_default():
         (lambda: CoatConfig(cache_weights=1), TypeError, ["cache_weights", "1", "True or False"]),
         (lambda: CoatConfig(fuse_loss="no"), TypeError, ["fuse_loss", "'no'", "True or False"]),
         (lambda: CoatConfig(frozen_weights="int8"), ValueError, ["frozen_weights", "'int8'", "'auto', 'fp8', 'bf16'"]),
+        (lambda: CoatConfig(fsdp_all_gather="int8"), ValueError, ["fsdp_all_gather", "'int8'", "'fp8', 'bf16'"]),
         (lambda: CoatConfig(activations="off"), ValueError, ["activations", "'off'", "'lean', 'paper', 'bf16'"]),
         (
             lambda: CoatConfig(activations={"mlp": "x"}),

@@ -1,6 +1,7 @@
 """The differentiable functions of COAT: what is computed in FP8, and what is kept in FP8 for the backward."""
 
 from .attention import coat_rotary, keep_attention
+from .gathered import GatheredWeight
 from .linear import coat_linear
 from .lora import Adapter, coat_lora
 from .mlp import Gate, coat_activation, coat_mlp
@@ -11,6 +12,7 @@ __all__ = [
     "Adapter",
     "Demand",
     "Gate",
+    "GatheredWeight",
     "StoredWeight",
     "Watcher",
     "WeightCache",

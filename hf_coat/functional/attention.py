@@ -64,6 +64,26 @@ class _CoatAttention(torch.autograd.Function):
         return *[next(wanted) if t.requires_grad else None for t in inputs], None, None, None
 
 
+def _copied(t: torch.Tensor) -> torch.Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+class _Compact(torch.autograd.Function):
+    """A copy of x [B, N, S, D] that stands by itself, in the memory order [B, S, N, D]."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows, values = x.transpose(1, 2), 8 // x.element_size()
+        aligned = not any(n % values for n in (x.shape[-1], x.storage_offset(), *rows.stride()[:-1]))
+        if aligned and rows.stride(-1) == 1:  # torch copies strided rows one element at a time: 8 bytes are quicker
+            return _copied(rows.view(torch.int64)).view(x.dtype).transpose(1, 2)
+        return _copied(rows).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
 def _from_values(scale, x):
     return quantize(x, E4M3, Granularity.TENSOR, scale=scale, codes=False, transposed=True)[1]
 
@@ -94,7 +114,7 @@ def keep_attention(
     if fp8:
         return _CoatAttention.apply(query, key, value, attend, group_size, scale_format.dtype)
     if value.untyped_storage().nbytes() > 2 * value.nbytes:  # a part of q, k and v as one: it would keep them all
-        value = value.transpose(1, 2).contiguous().transpose(1, 2)
+        value = _Compact.apply(value)
     out = attend(query, key, value)
     if out._base is not None and out.is_contiguous():  # another view of what the kernel has saved
         Source(_from_values, (out.detach().flatten(2).flatten(0, 1),)).note_on(out, out.shape[2:].numel())

@@ -14,6 +14,8 @@ import torch
 from coat_kernels import Granularity, dequantize, quantize, transpose
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .gathered import GatheredWeight
+
 E4M3 = torch.float8_e4m3fn
 MOST_TOKENS = 512  # that are looked at where rounding is measured
 
@@ -220,7 +222,9 @@ def quantize_weights(
     scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other; those of stored weights,
-    which have ``scales``, are what is stored."""
+    which have ``scales``, are what is stored, and those of gathered weights what was gathered."""
+    if isinstance(weights[0], GatheredWeight):
+        weights, scales = [w.bits for w in weights], [w.scale for w in weights]
     if scales is not None:
         return _stored_codes(weights), scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
     found = None if cache is None else cache.find(weights)
@@ -238,6 +242,8 @@ def transposed_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transposed codes [K, round_up(N, 16)] and their one scale [1, 1]; ``scale`` is what :func:`quantize_weights`
     gave. The input gradient adds up over N, which therefore has one scale: the largest."""
+    if isinstance(weights[0], GatheredWeight):
+        weights, cache = [w.bits for w in weights], None
     found = None if cache is None else cache.find(weights)
     if weights[0].dtype == torch.uint8:
         found = (_stored_codes(weights),)

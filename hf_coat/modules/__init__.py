@@ -2,6 +2,7 @@
 
 from .attention import AttentionState, CoatAttention, has_plain_rotary, is_attention
 from .converted import Converted, convert
+from .gather import gather_codes, gather_values
 from .linear import CoatFrozenLinear, CoatLinear, Merged
 from .lora import CoatLora, LoraState
 from .loss import CoatHead, fuse_loss, heads, unfuse_loss
@@ -24,6 +25,8 @@ __all__ = [
     "NormState",
     "convert",
     "fuse_loss",
+    "gather_codes",
+    "gather_values",
     "has_plain_rotary",
     "heads",
     "is_attention",

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import CoatConfig, Region
-from ..functional import Adapter, StoredWeight, WeightCache, coat_linear, coat_lora
+from ..functional import Adapter, GatheredWeight, StoredWeight, WeightCache, coat_linear, coat_lora
 
 
 def is_plain(*linears: nn.Module) -> bool:
@@ -25,7 +25,10 @@ def is_plain(*linears: nn.Module) -> bool:
 
 def can_merge(linears: Sequence[nn.Linear]) -> bool:
     """Whether the weights of these linears can stand below each other in one product."""
-    kinds = {(m.weight.dtype, m.weight.device, m.weight.requires_grad, m.bias is None) for m in linears}
+    kinds = {
+        (m.weight.dtype, m.weight.device, m.weight.requires_grad, isinstance(m.weight, GatheredWeight), m.bias is None)
+        for m in linears
+    }
     return len(kinds) == 1
 
 

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 aten = torch.ops.aten
 
 DTYPES = (torch.bfloat16, torch.float32)
+IGNORED = -100  # the label of a position without one, as transformers has it
 FEWEST_ROWS = 1024  # tokens of a piece, if there are as many: fewer, and the GPU waits for the host or the weight
 REMEDY = "pip install liger-kernel, or torch 2.13 or newer"
 # What models call the factor or the bound that they apply to the logits. It only decides whether the head is fused:
@@ -174,23 +175,55 @@ class _Defer(torch.autograd.Function):
             )
 
 
+class _Count:
+    """How many positions of labels [..., S] on a GPU have one, behind the first: asked for now, and known to the host
+    when the loss needs it, without waiting for what was queued in between."""
+
+    def __init__(self, labels: torch.Tensor):
+        self.labels, self.version = labels, labels._version
+        self.number = torch.empty((), dtype=torch.int64, pin_memory=True)
+        self.number.copy_((labels[..., 1:] != IGNORED).sum(), non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record()
+
+    def of(self, labels: torch.Tensor, ignore_index: int) -> int | None:
+        """The count, if these are the labels that were counted."""
+        if labels is not self.labels or labels._version != self.version or ignore_index != IGNORED:
+            return None
+        self.copied.synchronize()
+        return int(self.number)
+
+
 class _LabelsSeen:
-    """Forward pre-hook of a model that tells its head whether this call has labels; without, nothing is deferred.
+    """Forward pre-hook of a model that tells its head whether this call has labels; without, nothing is deferred. For
+    the loss it has them counted.
 
     Some wrappers call a model's ``forward`` past its hooks. Then the head does not know, and defers.
     """
 
     def __init__(self, position: int):
-        self.position, self.seen = position, None
+        self.position = position
+        self.seen = self.count = None
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.compiler.is_compiling():
-            by_position = len(args) > self.position and args[self.position] is not None
-            self.seen = by_position or kwargs.get("labels") is not None
+        if torch.compiler.is_compiling():
+            return
+        labels = args[self.position] if len(args) > self.position else kwargs.get("labels")
+        self.seen, self.count = labels is not None, None
+        real = type(labels) is torch.Tensor and labels.is_cuda and not torch.cuda.is_current_stream_capturing()
+        if real and model.training and torch.is_grad_enabled():
+            self.count = _Count(labels)
 
     def take(self) -> bool:
         seen, self.seen = self.seen, None  # the next call of the head may be one of another kind
         return seen is not False
+
+    def counted(self, labels: torch.Tensor | None, ignore_index: int) -> int | None:
+        count, self.count = self.count, None
+        return None if count is None else count.of(labels, ignore_index)
+
+    def __getstate__(self):
+        return {"position": self.position, "seen": None, "count": None}
 
 
 class CoatHead(nn.Linear):
@@ -240,14 +273,16 @@ class CoatLoss:
     Args:
         original: The loss function that stood here; it gets whatever cannot be fused.
         replaced: What the model held in its own ``_loss_function``; None if nothing.
+        seen: What has seen the labels before the forward.
     """
 
-    def __init__(self, original: Callable, replaced: Callable | None = None):
-        self.original, self.replaced = original, replaced
+    def __init__(self, original: Callable, replaced: Callable | None, seen: _LabelsSeen):
+        self.original, self.replaced, self.seen = original, replaced, seen
 
     def __call__(
         self, logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
     ) -> torch.Tensor:
+        count = self.seen.counted(labels if shift_labels is None else None, ignore_index)
         if not LOSS_ARGUMENTS.isdisjoint(kwargs) or not _can_fuse(logits, labels, vocab_size, shift_labels):
             return self.original(
                 logits=logits,
@@ -262,7 +297,7 @@ class CoatLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         hidden, weight, bias = logits.product.operands
         target = shift_labels.reshape(-1).to(hidden.device)
-        kept = _kept(target, ignore_index)
+        kept = _kept(target, ignore_index, count)
         hidden, target = hidden.flatten(0, -2).index_select(0, kept), target.index_select(0, kept)
         loss = _FusedLoss.apply(hidden, weight, bias, target)
         if num_items_in_batch is None:
@@ -272,12 +307,14 @@ class CoatLoss:
         return loss * kept.numel() / num_items_in_batch
 
 
-def _kept(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Where there is a label. On CUDA the host waits here for the GPU: how many there are sizes what follows."""
+def _kept(target: torch.Tensor, ignore_index: int, count: int | None) -> torch.Tensor:
+    """Where there is a label. How many there are sizes what follows: on CUDA the host waits here for the GPU, unless
+    it has the count."""
     if isinstance(target, FakeTensor):
         return torch.arange(len(target), device=target.device)  # the most there can be
     with unset_fake_temporarily():  # a prediction's labels are real, see hf_coat.memory
-        return (target != ignore_index).nonzero().squeeze(1)
+        there = target != ignore_index
+        return (there.nonzero() if count is None else torch.nonzero_static(there, size=count)).squeeze(1)
 
 
 def _can_fuse(logits, labels, vocab_size, shift_labels) -> bool:
@@ -569,4 +606,4 @@ def _fuse(head: nn.Linear, owner: nn.Module) -> None:
         head.coat_hook = owner.register_forward_pre_hook(head.coat_labels, with_kwargs=True)
         head.__class__ = CoatHead
     if not isinstance(owner.loss_function, CoatLoss):
-        owner.loss_function = CoatLoss(owner.loss_function, vars(owner).get("_loss_function"))
+        owner.loss_function = CoatLoss(owner.loss_function, vars(owner).get("_loss_function"), head.coat_labels)

@@ -21,6 +21,7 @@ import torch
 
 from ._registry import register
 from .formats import (
+    DITHER_VALUES,
     FP8_DTYPES,
     SCALE_DTYPES,
     SMALLEST_NORMAL,
@@ -96,11 +97,18 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
             raise ValueError(f"quantize: scale_dtype is {scale_dtype}, expected torch.float32 for {granularity!r}")
         if scale_dtype == torch.uint8 and not power_of_two:
             raise ValueError("quantize: power_of_two is False, but E8M0 scales (torch.uint8) are powers of two")
-    if dither and (granularity != Granularity.TOKEN or not power_of_two or scale is not None or dim != 0):
+    if dither is not False and (granularity != Granularity.TOKEN or not power_of_two or scale is not None or dim != 0):
         raise ValueError(
             f"quantize: dither is for measured power-of-two scales per token of rows, but granularity is "
             f"{granularity!r}, power_of_two {power_of_two}, dim {dim} and scale {'None' if scale is None else 'given'}"
         )
+    if isinstance(dither, torch.Tensor):
+        enough = min(DITHER_VALUES, first.shape[-1])
+        if dither.dtype not in SOURCE_DTYPES or dither.dim() != 1 or len(dither) < enough:
+            raise ValueError(
+                f"quantize: dither is {dither.dtype} {list(dither.shape)}, expected a row of {enough} values or more "
+                f"in one of {', '.join(map(str, SOURCE_DTYPES))}"
+            )
     if scale is not None:
         shape = joint_shape(parts, dim)
         expected = scale_shape(*shape, granularity, group_size)
@@ -113,7 +121,7 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
 
 def quantize_ref(
     x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype=torch.float32, dim=0,
-    dither=False,
+    dither=None,
 ):  # fmt: skip
     x = (x if isinstance(x, torch.Tensor) else torch.cat(list(x), dim)).float()
     tokens, width = x.shape
@@ -128,7 +136,7 @@ def quantize_ref(
         else:
             padded = torch.nn.functional.pad(magnitude, (0, -width % group_size))
             amax = padded.view(tokens, -1, group_size).amax(dim=2)
-        factor = dither_factor(x[-1]) if dither and tokens else None
+        factor = None if dither is None else dither_factor(dither[:width])
         scale = new_scale = pack_scale(scale_from_amax(amax, dtype, power_of_two, factor), scale_dtype)
     else:
         new_scale = x.new_empty(0, dtype=scale_dtype)
@@ -152,7 +160,7 @@ def _quantize_fake(
 
 _quantize = register(
     "quantize(Tensor[] x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
-    "bool codes, bool transposed, ScalarType scale_dtype, int dim, bool dither) -> (Tensor, Tensor, Tensor)",
+    "bool codes, bool transposed, ScalarType scale_dtype, int dim, Tensor? dither) -> (Tensor, Tensor, Tensor)",
     quantize_ref,
     _quantize_fake,
     "quantize_triton:quantize",
@@ -171,7 +179,7 @@ def quantize(
     transposed: bool = False,
     scale_dtype: torch.dtype = torch.float32,
     dim: int = 0,
-    dither: bool = False,
+    dither: bool | torch.Tensor = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Quantize ``x`` to FP8: ``x ≈ x_q * x_s``, ``x_s = amax / largest``, rounded up to a power of two if asked.
 
@@ -190,7 +198,8 @@ def quantize(
             E8M0, which needs ``power_of_two``. The codes belong to the stored scale.
         dim: Along what several tensors are joined: 0 for rows (tokens), 1 for columns (one scale for a token of all).
         dither: Multiply the power-of-two scales of all tokens by one factor in [1, 2) that changes with the values
-            (formats.dither_factor): for weights, which are much the same from step to step.
+            (formats.dither_factor): for weights, which are much the same from step to step. It is drawn from the last
+            row, or from a row [>= min(H, 256)] that is given, where rows of one matrix are quantized in many places.
 
     Returns:
         ``(x_q, x_qt, x_s)``: codes [T, H], transposed codes [H, round_up(T, 16)] with zeros beyond T, and scales,
@@ -208,6 +217,8 @@ def quantize(
     else:
         raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
     _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither)
+    if isinstance(dither, bool):
+        dither = next((part[-1] for part in reversed(parts) if part.numel()), None) if dither else None
     x_q, x_qt, x_s = _quantize(
         parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither
     )

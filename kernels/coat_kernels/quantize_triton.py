@@ -263,9 +263,7 @@ def _pieces(x, x_q, x_qt, x_s):
         begin = end
 
 
-def quantize(
-    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither=False
-):
+def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither=None):
     tokens, width = joint_shape(x, dim)
     emax, given, device = MAX_EXPONENT[dtype], scale is not None, x[0].device
     if len(x) > 1:
@@ -296,10 +294,11 @@ def quantize(
     elif granularity == "token" and not given:
         block_h = min(next_power_of_2(width), 16384)
         block_t = max(1, 4096 // block_h)
+        dither = None if dither is None else dither.contiguous()
         for part, q, _, s, _ in pieces:
             _quantize_tokens_kernel[(ceil_div(part.shape[0], block_t),)](
-                part, x[-1][-1] if dither else part, s, q, part.shape[0], width, part.stride(0),
-                EMAX=emax, POWER_OF_TWO=power_of_two, DITHER=dither, ONE_BLOCK=width <= block_h,
+                part, part if dither is None else dither, s, q, part.shape[0], width, part.stride(0),
+                EMAX=emax, POWER_OF_TWO=power_of_two, DITHER=dither is not None, ONE_BLOCK=width <= block_h,
                 BLOCK_T=block_t, BLOCK_H=block_h,
             )  # fmt: skip
     else:

@@ -6,6 +6,7 @@ Results go to FOLDER/SCENARIO-RANK.pt. Where both processes see the same batch, 
 one's, exactly, so that two processes must end at the very bits of one.
 """
 
+import logging
 import os
 import sys
 import time
@@ -19,16 +20,21 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_coat import CoatConfig, apply_coat
+from hf_coat import CoatConfig, apply_coat, remove_coat
+from hf_coat.functional import GatheredWeight
 from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
 
 WIDTH = 300
@@ -165,8 +171,6 @@ def full(folder, rank, sharded):
 
 def refused(folder, rank, sharded):
     """What goes wrong with a message."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     model, optimizer = made(sharded)
     train(model, optimizer, range(1))
     messages = []
@@ -194,14 +198,14 @@ def tokens(step, rank=0):
     return {"input_ids": ids, "labels": ids}
 
 
-def llama(adapters=False):
+def llama(adapters=False, coat=None, **changes):
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, **changes}
     config = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=64, attn_implementation="eager")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if adapters:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    apply_coat(model, CoatConfig())
+    apply_coat(model, coat)
     return model
 
 
@@ -230,6 +234,139 @@ def coat(folder, rank, sharded, adapters=False):
     accumulate = model.set_requires_gradient_sync if sharded else lambda last: None
     losses = train_llama(model, optimizer, 0, accumulate)
     return {"losses": losses, "params": whole(model, optimizer)[0]}
+
+
+class Counted(DefaultAllGather):
+    """FSDP2's all-gather, that writes down how many bytes each process gives."""
+
+    def __init__(self):
+        self.bytes = []
+
+    def __call__(self, output_tensor, input_tensor, *args, **kwargs):
+        self.bytes.append(input_tensor.nbytes)
+        return super().__call__(output_tensor, input_tensor, *args, **kwargs)
+
+
+BF16_COMPUTE = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+# What is gathered, what FSDP2 is asked for, and what differs in the model.
+GATHERS = {
+    "codes": ("fp8", {}),
+    "values": ("bf16", {}),
+    "codes kept": ("fp8", {"reshard_after_forward": False}),
+    "codes bf16": ("fp8", {"mp_policy": BF16_COMPUTE}),
+    "codes whole": ("fp8", {"whole": True}),  # the model is one unit, whose parameters stay gathered
+    "codes uneven": ("fp8", {"intermediate_size": 99}),  # 50 rows and 49
+    "values uneven": ("bf16", {"intermediate_size": 99}),
+    "codes recomputed": ("fp8", {"checkpointing": True}),
+    "codes lora": ("fp8", {"adapters": True}),  # over a base that is not stored as FP8
+    "values lora": ("bf16", {"adapters": True}),
+    "codes meta": ("fp8", {"meta": True}),
+}
+
+
+def made_llama(gather, whole=False, checkpointing=False, meta=False, adapters=False, intermediate_size=96, **fsdp):
+    """A converted model under FSDP2; and what its all-gathers move."""
+    config = CoatConfig(fsdp_all_gather=gather, frozen_weights="bf16")
+    model = llama(adapters, config, intermediate_size=intermediate_size)
+    state, buffers = model.state_dict(), dict(model.named_buffers())
+    if meta:
+        model.to("meta")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    counted = Counted()
+    if not whole:
+        for layer in model.get_submodule("base_model.model.model.layers" if adapters else "model.layers"):
+            fully_shard(layer, **fsdp)
+            layer.set_custom_all_gather(counted)
+    fully_shard(model, **fsdp)
+    if whole:
+        model.set_custom_all_gather(counted)
+    if meta:
+        model.to_empty(device="cpu")
+        set_model_state_dict(model, state, options=SPREAD)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return model, counted
+
+
+def gathered(folder, rank, sharded):
+    """Each of GATHERS."""
+    results = {}
+    for name, (gather, changes) in GATHERS.items():
+        model, counted = made_llama(gather, **changes)
+        optimizer = CoatAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = train_llama(model, optimizer, 0, model.set_requires_gradient_sync)
+        results[name] = {"losses": losses, "bytes": counted.bytes, "params": whole(model, optimizer)[0]}
+    return results
+
+
+def gathered_saved(folder, rank, sharded):
+    """Checkpoints of a run that gathers codes: plain, the run that goes on is the run that was never stopped."""
+    straight, _ = made_llama("fp8")
+    optimizer = CoatAdamW(straight.parameters(), lr=1e-2)
+    train_llama(straight, optimizer, 0, straight.set_requires_gradient_sync)
+    save(folder / "codes-gathered", straight, optimizer)
+    full = get_model_state_dict(straight, options=FULL)
+    pieces = {type(p.to_local()).__name__ for p in get_model_state_dict(straight).values()}
+    losses = train_llama(straight, optimizer, 0, straight.set_requires_gradient_sync)
+
+    other, _ = made_llama("fp8")
+    second = CoatAdamW(other.parameters(), lr=1e-2)
+    train_llama(other, second, 1, other.set_requires_gradient_sync)  # so that codes were gathered of other values
+    load(folder / "codes-gathered", other, second)
+    again = train_llama(other, second, 0, other.set_requires_gradient_sync)
+    return {"losses": losses, "again": again, "full": full, "pieces": sorted(pieces)}
+
+
+def gathered_undone(folder, rank, sharded):
+    """remove_coat of a sharded model, refused while gradients wait; who else reads a weight, or writes to it; a model
+    that is converted when it is sharded, in part; and one that cannot."""
+    model, counted = made_llama("fp8")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    read = {}
+
+    def look(module, args):
+        weight = module.weight
+        read["values"] = weight + 0
+        read["type"] = isinstance(weight, GatheredWeight) and isinstance(weight, nn.Parameter)
+        try:
+            weight.data.mul_(2)
+        except RuntimeError as error:
+            read["written"] = str(error)
+
+    handle = q_proj.register_forward_pre_hook(look)
+    model.set_requires_gradient_sync(False)
+    model(**tokens(0)).loss.backward()
+    handle.remove()
+    try:
+        remove_coat(model)
+    except RuntimeError as error:
+        read["refused"] = str(error)
+    model.set_requires_gradient_sync(True)
+    model(**tokens(0)).loss.backward()
+    read["gradient"] = str(q_proj.weight.grad.dtype)
+    weight = q_proj.weight.full_tensor()
+    counted.bytes.clear()
+    read["hooks"] = [type(hook).__name__ for hook in model._forward_pre_hooks.values()]
+    remove_coat(model)
+    read["hooks after"] = [type(hook).__name__ for hook in model._forward_pre_hooks.values()]
+    loss = model(**tokens(0)).loss.item()
+    read["bytes"] = [*counted.bytes]
+    plain = llama()
+    remove_coat(plain)
+
+    apply_coat(model, CoatConfig(modules_to_not_convert=["q_proj"]))  # as the probe does in the middle of a run
+    counted.bytes.clear()
+    model(**tokens(0)).loss.backward()
+    read["but q_proj"] = [*counted.bytes]
+
+    said = []
+    logging.getLogger("hf_coat.modules.gather").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: said.append(record.getMessage())
+    by_columns, counted = made_llama("fp8", shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    by_columns(**tokens(0)).loss.backward()
+    read["by columns"], read["said"] = [*counted.bytes], said
+    return read | {"weight": weight, "loss": loss, "plain": plain(**tokens(0)).loss.item()}
 
 
 def coat_lora(folder, rank, sharded):
@@ -268,10 +405,8 @@ def killed(folder, rank, sharded):
         os._exit(0)  # there is nobody left to meet at the barrier
 
 
-SCENARIOS = {
-    f.__name__: f
-    for f in (adamw, stochastic, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed)
-}
+SCENARIOS = [adamw, stochastic, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed]
+SCENARIOS = {f.__name__: f for f in (*SCENARIOS, gathered, gathered_saved, gathered_undone)}
 
 
 def main(folder, rank, world_size, port, *scenarios):

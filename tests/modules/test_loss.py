@@ -199,6 +199,31 @@ def test_positions_without_a_label_are_not_multiplied(device, monkeypatch):
     assert rows == [3 * (T - 4)]
 
 
+@pytest.mark.gpu
+def test_the_count_of_labels_does_not_wait_for_the_forward(monkeypatch):
+    """Between the labels' arrival and the library's turn nothing synchronises, whatever was queued meanwhile."""
+    got = []
+
+    def product(hidden, weight, bias, target, needs):
+        got.append(target.clone())
+        return (hidden @ weight.t()).float().mean(), [torch.zeros_like(hidden), torch.zeros_like(weight), None]
+
+    monkeypatch.setattr(page, "library", lambda kind: product)
+    fused, given = llama("cuda"), batch("cuda")
+    fuse_loss(fused)
+    for first in (True, False):
+        torch.cuda.set_sync_debug_mode("default" if first else "error")  # the first call compiles and allocates
+        try:
+            fused(**given).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    shifted = given["labels"][:, 1:].flatten()
+    assert all(torch.equal(target, shifted[shifted != page.IGNORED]) for target in got) and len(got) == 2
+    given["labels"][:, :6] = page.IGNORED
+    fused(**given)
+    assert len(got[-1]) < len(got[0])
+
+
 @needs_library
 def test_accumulated_gradients(device):
     """Two microbatches with ``num_items_in_batch`` make one batch."""

@@ -114,9 +114,9 @@ def test_dither(twin, same_codes, device, widths, dtype):
     """One factor for all rows, also of several tensors; every amax fits, and no scale is more than twice too large."""
     width, rows = widths
     parts = [sample(n, width, dtype) for n in rows]
-    rest = (E4M3, "token", 0, True, None, True, False, torch.float32, 0, True)
-    expected = quantize_ref(torch.cat(parts), *rest)
-    actual = twin.quantize([part.to(device) for part in parts], *rest)
+    rest, last = (E4M3, "token", 0, True, None, True, False, torch.float32, 0), parts[-1][-1]
+    expected = quantize_ref(torch.cat(parts), *rest, last)
+    actual = twin.quantize([part.to(device) for part in parts], *rest, last.to(device))
     assert torch.equal(actual[2].cpu(), expected[2])
     same_codes(actual[0], expected[0])
     factor = torch.frexp(expected[2])[0] * 2
@@ -145,6 +145,19 @@ def test_dither_follows_the_values(device):
     assert error(dither=True) < error() / 4
     with pytest.raises(ValueError, match="dither"):
         ck.quantize(w, granularity="tensor", dither=True)
+
+
+def test_rows_in_several_places_share_the_row_that_is_given(device):
+    """Pieces of a weight, each with a copy of its last row, wide as a buffer: the codes of the whole."""
+    w = torch.randn(9, 80, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    row = torch.zeros(256, device=device)
+    row[:80] = w[-1]
+    q, _, s = ck.quantize(w, dither=True)
+    pieces = [ck.quantize(piece, dither=row) for piece in (w[:5], w[5:])]
+    assert torch.equal(torch.cat([piece[0].view(torch.uint8) for piece in pieces]), q.view(torch.uint8))
+    assert torch.equal(torch.cat([piece[2] for piece in pieces]), s)
+    with pytest.raises(ValueError, match=r"dither is torch.float32 \[79\], expected a row of 80 values or more"):
+        ck.quantize(w, dither=row[:79])
 
 
 # Columns: equal ones, those of a grouped attention, awkward ones, an empty part, more than one launch takes, no token

@@ -1,0 +1,324 @@
+"""FSDP2 gathers the codes of converted linears' weights, not their values: a byte for each, and four for each row.
+
+    FSDP2       shard -> gathered values -> quantized by every process, in the forward and in the backward
+    here        shard -> quantized by its owner -> gathered codes, which the products read as they are
+
+FSDP2 cuts a weight between rows, and a row has a scale of its own, so a process quantizes its rows alone. But for one
+number: the factor in [1, 2) that all scales of a weight share (coat_kernels.formats), which follows from the weight's
+last row. Before each forward the processes therefore add up a buffer that has, for each weight, 256 values of that row
+where it is and zeros elsewhere: one small collective, and codes that are those of the whole weight to the bit. From
+FP32 parameters they are made at once, not by way of BF16.
+
+Parameters, gradients, their reduction, optimizers and checkpoints have nothing to do with this: the sharded parameter
+stays the plain DTensor that it is, and the gathered one is a :class:`~hf_coat.functional.GatheredWeight`, whose
+gradient is BF16 or FP32 as ever. FSDP2 asks a sharded tensor for ``fsdp_pre_all_gather`` and ``fsdp_post_all_gather``;
+here the object that manages the parameter answers in its place, so that nothing is lost when a state dict is loaded.
+"""
+
+import functools
+import inspect
+import logging
+from collections import Counter
+
+import torch
+from coat_kernels import quantize
+from coat_kernels.formats import DITHER_VALUES
+from torch import nn
+
+from ..functional import GatheredWeight
+from .linear import CoatLinear
+from .mlp import CoatMLP
+
+logger = logging.getLogger(__name__)
+E4M3 = torch.float8_e4m3fn
+WHOLE = "every process has the whole weight"
+
+
+class LastRows:
+    """The last rows of weights, the same on all processes of a group: float32 [weights, 256], zero behind a row's end.
+
+    Args:
+        params: The objects with which FSDP2 manages the weights.
+    """
+
+    def __init__(self, params: list):
+        self.params, mesh = params, params[0].mesh_info
+        self.group, self.rank = mesh.shard_process_group, mesh.shard_mesh_rank
+        with torch.inference_mode(False):
+            self.values = torch.zeros(len(params), DITHER_VALUES, device=params[0].device)
+        self.ready = None
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Take the rows as they are now. All processes call this together."""
+        if not any(p.sharded_param.requires_grad for p in self.params):  # frozen weights need no factor
+            return
+        ours, theirs = [], []
+        for row, p in zip(self.values, self.params, strict=True):
+            owner, index = divmod(p._orig_size[0] - 1, p.padded_sharded_param_size[0])
+            if owner == self.rank:
+                width = p._orig_size[1]
+                ours.append(row[:width])
+                theirs.append(p._sharded_param_data[index * width : index * width + min(width, DITHER_VALUES)])
+        self.values.zero_()
+        if ours:
+            torch._foreach_copy_(ours, theirs)
+        torch.distributed.all_reduce(self.values, group=self.group)
+        if self.values.is_cuda:
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def wait(self) -> None:
+        """Let the stream that is current wait for the rows: weights are quantized on one of FSDP2's own."""
+        if self.ready is not None:
+            torch.cuda.current_stream().wait_event(self.ready)
+
+
+class Shard:
+    """What FSDP2 asks how to gather a weight, in the place of the sharded tensor.
+
+    Args:
+        param: The object with which FSDP2 manages the weight.
+        rows: Where the row is from which the factor of its scales is drawn.
+        index: Which one of them it is.
+    """
+
+    def __init__(self, param, rows: LastRows, index: int):
+        self.param, self.rows, self.index = param, rows, index
+
+    def size(self) -> torch.Size:
+        return self.param.padded_sharded_param_size  # all pieces are gathered at this size
+
+    def to(self, *args, **kwargs) -> "Shard":
+        return self  # an offloaded weight is moved below, as it is then
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """Codes as uint8 [rows, K] and scales, float32 [rows, 1], of this process's rows; those that pad are zero."""
+        p = self.param
+        rows = p._sharded_param_data.to(p.device, non_blocking=True).view(p.padded_sharded_param_size)
+        dither = False
+        if p.sharded_param.requires_grad:
+            self.rows.wait()
+            dither = self.rows.values[self.index]
+        codes, _, scale = quantize(rows, E4M3, dither=dither)
+        return (codes.view(torch.uint8), scale), None
+
+    def fsdp_post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):
+        """The weight, without the rows that pad; nothing to do where it is there, and its memory filled again."""
+        if out is None:
+            bits, scale = (t[: self.param._orig_size[0]] for t in all_gather_outputs)
+            return GatheredWeight(bits, scale, param_dtype), ()
+        return None
+
+
+# FSDP2 looks at it each time; this saves it most of the work.
+Shard.fsdp_pre_all_gather.__signature__ = inspect.signature(Shard.fsdp_pre_all_gather)
+
+
+@functools.cache
+def _answering(cls: type) -> type:
+    """The class of FSDP2's that manages a parameter, with :class:`Shard` as what it asks; always the same one."""
+    return type(f"Coat{cls.__name__}", (cls,), {"_sharded_local_tensor": property(lambda self: self.coat_shard)})
+
+
+def _begin_anew(param) -> None:
+    """Let FSDP2 make the gathered parameter again at the next all-gather."""
+    vars(param).pop("_unsharded_param", None)
+    param.all_gather_outputs = []
+    param._init_extensions()
+
+
+def _has_gradients(param) -> bool:
+    """Whether gradients wait in the gathered parameter until they are reduced."""
+    there = getattr(param, "_unsharded_param", None)
+    return param.unsharded_accumulated_grad is not None or (there is not None and there.grad is not None)
+
+
+def _groups(model: nn.Module) -> list:
+    """FSDP2's groups of parameters that are gathered together."""
+    groups = {}
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = module._get_fsdp_state()
+            several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before, there is one
+            found = [state._fsdp_param_group] if several is None else several
+            groups |= {id(group): group for group in found if group is not None}
+    return list(groups.values())
+
+
+def _why_not(group, param) -> str | None:
+    """Why FSDP2 gathers the values of a weight."""
+    mesh = param.mesh_info
+    if getattr(mesh, "shard_mesh_size", 1) == 1:
+        return WHOLE
+    if param.is_dtensor:
+        return "split by tensor parallelism too"
+    if param.fsdp_placement.dim != 0:
+        return "cut along its columns, not between rows"
+    if group._use_post_forward_mesh:
+        return "kept by fewer processes after the forward (reshard_after_forward is a number)"
+    return None
+
+
+class CodeGather:
+    """The forward pre-hook of a converted model that finds out how FSDP2 shards it and lets it gather codes.
+
+    It is there before FSDP2 is. In the first forward it takes over what is not gathered yet, in later ones the rest,
+    and comes before FSDP2's own hook from then on.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        sources: Converted linear -> the one whose last row its weight's factor is drawn from: the last one of those
+            that are multiplied together, whose scales must fit each other.
+        kept: Name of a converted linear whose values are gathered -> why.
+        gathered: Names of those whose codes are.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.sources = {}
+        for module in model.modules():
+            if type(module) is CoatLinear:
+                merged = module.coat_merged
+                self.sources.setdefault(module, module if merged is None else merged.members[-1])
+            elif isinstance(module, CoatMLP):
+                firsts = [getattr(module, name) for name in module.coat_state.firsts]
+                firsts = [getattr(first, "base_layer", first) for first in firsts]
+                self.sources |= {first: firsts[-1] for first in firsts if type(first) is CoatLinear}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.waiting: list | None = None  # groups, and their weights that do not answer yet; None: not looked for
+        self.taken: list = []
+        self.rows: list[LastRows] = []
+        self.kept: dict[str, str] = {}
+        self.gathered: list[str] = []
+
+    def __getstate__(self):
+        return {"sources": self.sources}
+
+    def __setstate__(self, state):
+        self.sources = state["sources"]
+        self._forget()
+
+    def __call__(self, model: nn.Module, args) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.waiting is None:
+            first = next(iter(self.sources))
+            if not (hasattr(model, "_get_fsdp_state") or hasattr(first.weight, "device_mesh")):
+                return
+            self.waiting = self._find(model)
+            hooks = model._forward_pre_hooks
+            hooks.move_to_end(next(key for key, hook in hooks.items() if hook is self), last=False)
+        if self.waiting:
+            self._take()
+        for rows in self.rows:
+            rows.agree()
+
+    def _find(self, model: nn.Module) -> list:
+        """The weights that can be gathered as codes, by group."""
+        names = {module: name for name, module in model.named_modules()}
+        compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in names)
+        found = {}
+        for group in _groups(model):
+            for param in group.fsdp_params:
+                module = param._module_info.module
+                if module in self.sources and param._module_info.param_name == "weight":
+                    why = "torch.compile does not see through it" if compiled else _why_not(group, param)
+                    if why is None:
+                        found[module] = group, param
+                    else:
+                        self.kept[names[module]] = why
+        reasons = Counter(why for why in self.kept.values() if why != WHOLE)
+        if reasons and torch.distributed.get_rank() == 0:
+            said = ", ".join(f"{n} x {why}" for why, n in reasons.most_common())
+            logger.warning(f"COAT: FSDP2 gathers the values of {reasons.total()} converted weights, not codes: {said}")
+
+        # Rows are shared where the linears that are multiplied together are sharded together.
+        groups: dict[int, tuple[list, dict[nn.Module, int]]] = {}
+        sources = {}
+        for module, (_, param) in found.items():
+            source = self.sources[module]
+            if source not in found or found[source][1].mesh_info.shard_process_group is not (
+                param.mesh_info.shard_process_group
+            ):
+                source = module
+            params, index = groups.setdefault(id(param.mesh_info.shard_process_group), ([], {}))
+            if source not in index:
+                index[source] = len(params)
+                params.append(found[source][1])
+            sources[module] = id(param.mesh_info.shard_process_group), index[source]
+        rows = {key: LastRows(params) for key, (params, _) in groups.items()}
+        self.rows = list(rows.values())
+        self.gathered = [names[module] for module in found]
+        waiting: dict[int, tuple[object, list[Shard]]] = {}
+        for module, (group, param) in found.items():
+            key, index = sources[module]
+            waiting.setdefault(id(group), (group, []))[1].append(Shard(param, rows[key], index))
+        return list(waiting.values())
+
+    def _take(self) -> None:
+        """Answer for the weights of the groups that are not gathered now."""
+        still = []
+        for group, shards in self.waiting:
+            if (
+                not group.is_sharded
+                or group._all_gather_result is not None
+                or any(_has_gradients(shard.param) for shard in shards)
+            ):
+                still.append((group, shards))
+                continue
+            for shard in shards:
+                shard.param.coat_shard = shard
+                shard.param.__class__ = _answering(type(shard.param))
+                _begin_anew(shard.param)
+            self.taken.append((group, shards))
+        self.waiting = still
+
+    def release(self) -> None:
+        """Let FSDP2 gather values again.
+
+        Raises:
+            RuntimeError: Where gradients wait to be reduced.
+        """
+        for _, shards in self.taken:
+            for shard in shards:
+                if _has_gradients(shard.param):
+                    raise RuntimeError(
+                        f"gradients of {shard.param._param_fqn} wait to be reduced over the processes, so its linear "
+                        "cannot be converted now: end the optimizer step first"
+                    )
+        for group, shards in self.taken:
+            group.reshard()
+            for shard in shards:
+                shard.param.__class__ = type(shard.param).__mro__[1]
+                del shard.param.coat_shard
+                _begin_anew(shard.param)
+        self._forget()
+
+
+def gather_values(model: nn.Module) -> None:
+    """Undo :func:`gather_codes` in ``model`` and whatever is in it.
+
+    Raises:
+        RuntimeError: Where gradients wait to be reduced.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, CodeGather):
+                hook.release()
+                del module._forward_pre_hooks[key]
+
+
+def gather_codes(model: nn.Module) -> list[CoatLinear]:
+    """Let FSDP2, if it comes to shard this converted model, gather the codes of its linears' weights.
+
+    Returns:
+        The linears. Weights that are stored as FP8 are not among them: codes are all that there is.
+    """
+    gather = CodeGather(model)
+    if gather.sources:
+        model.register_forward_pre_hook(gather)
+    return list(gather.sources)

@@ -1,0 +1,120 @@
+"""Weights that came as FP8 codes: the same numbers as the weights they were made from, gradients included."""
+
+import copy
+import pickle
+
+import coat_kernels as ck
+import pytest
+import torch
+from torch import nn
+
+from hf_coat import CoatConfig, apply_coat, remove_coat
+from hf_coat.functional import Adapter, Gate, GatheredWeight, coat_linear, coat_lora, coat_mlp
+from hf_coat.modules import CoatLinear
+from hf_coat.modules.gather import CodeGather
+
+K = 48
+
+
+def weight(n, k=K, dtype=torch.bfloat16, device="cpu"):
+    return nn.Parameter(torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(device, dtype) / 8)
+
+
+def gathered(weights, requires_grad=True):
+    """Of weights that are multiplied together: their scales share the factor of the last row of all."""
+    made = []
+    for w in weights:
+        row = weights[-1].detach()[-1] if requires_grad else False
+        codes, _, scale = ck.quantize(w.detach(), dither=row)
+        made.append(nn.Parameter(GatheredWeight(codes.view(torch.uint8), scale, w.dtype), requires_grad))
+    return made
+
+
+def run(function, weights, x):
+    """Results, and the gradients of x and of the weights."""
+    x = x.clone().requires_grad_()
+    ys = function(x, weights)
+    ys = ys if isinstance(ys, tuple) else (ys,)
+    generator = torch.Generator().manual_seed(1)
+    torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator).to(y) for y in ys])
+    return [y.detach() for y in ys], x.grad, [w.grad for w in weights]
+
+
+def attention(x, weights):
+    return coat_linear(x, weights)
+
+
+def mlp(x, weights):
+    return coat_mlp(x, weights[:2], weights[2], [None, None], None, Gate("silu", True, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("function", "shapes"), [(attention, [(64, K), (16, K), (16, K)]), (mlp, [(80, K), (80, K), (K, 80)])]
+)
+def test_codes_give_what_the_weights_give(function, shapes, dtype, device):
+    plain = [weight(n, k, dtype, device) for n, k in shapes]
+    together = [plain] if function is attention else [plain[:2], plain[2:]]
+    codes = [made for group in together for made in gathered(group)]
+    x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    ys, dx, dws = run(function, plain, x)
+    ys_of_codes, dx_of_codes, dws_of_codes = run(function, codes, x)
+    assert all(map(torch.equal, ys, ys_of_codes))
+    # The input gradient reads codes that were moved to one scale, and those of the weights are made at that scale:
+    # they differ where a value is below 2**-15 of the largest scale's.
+    error = (dx - dx_of_codes).float().norm() / dx.float().norm()
+    assert error < 1e-3
+    for dw, of_codes, w in zip(dws, dws_of_codes, plain, strict=True):
+        assert type(of_codes) is torch.Tensor and of_codes.dtype == w.dtype and of_codes.shape == w.shape
+        # those of gate and up follow from the gradient of h, which the above holds for
+        assert (dw - of_codes).float().norm() <= 1e-3 * dw.float().norm()
+
+
+def test_adapters_over_gathered_codes(device):
+    plain = weight(64, device=device).requires_grad_(False)
+    (codes,) = gathered([plain], requires_grad=False)
+    a, b = weight(4, device=device), weight(64, 4, device=device)
+    x = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    results = []
+    for w in (plain, codes):
+        a.grad = b.grad = None
+        ys, dx, _ = run(lambda x, ws: coat_lora(x, ws[0], None, Adapter(a, b, 2.0)), [w], x)
+        results.append((*ys, a.grad, b.grad))
+        assert w.grad is None and dx is not None
+    assert all(map(torch.equal, *results))
+
+
+def test_who_else_reads_it_gets_values():
+    plain = weight(20)
+    (codes,) = gathered([plain])
+    assert isinstance(codes, nn.Parameter) and isinstance(codes, GatheredWeight) and "[20, 48]" in repr(codes)
+    values = codes.detach() + 0
+    assert type(values) is torch.Tensor and values.dtype == torch.bfloat16
+    # half a step of E4M3, 2**-4 of a normal number, and 2**-10 of a scale, which is at most amax / 224, below those
+    bound = plain.abs() * 2**-4 + plain.abs().amax(1, keepdim=True) / 224 * 2**-10
+    assert ((values - plain).abs() <= bound * (1 + 2**-7)).all()
+    x = torch.randn(3, K).bfloat16()
+    torch.testing.assert_close(nn.functional.linear(x, codes), nn.functional.linear(x, values))
+    with pytest.raises(RuntimeError, match="writes to a weight that FSDP2 gathered"):
+        codes.detach().mul_(2)
+    assert torch.equal(torch.zeros(20, K).add_(codes.detach()), values.float())
+
+
+def test_without_fsdp2_the_hook_does_nothing():
+    model = nn.Sequential(nn.Linear(K, 64), nn.Linear(64, 32))
+    apply_coat(model, CoatConfig(modules_to_not_convert=["0"]))
+    (hook,) = model._forward_pre_hooks.values()
+    assert isinstance(hook, CodeGather) and list(hook.sources) == [model[1]]
+    model(torch.randn(2, K))
+    assert hook.waiting is None and not hook.rows
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        (of_twin,) = twin._forward_pre_hooks.values()
+        assert list(of_twin.sources) == [twin[1]] and type(twin[1]) is CoatLinear and twin[1] is not model[1]
+    apply_coat(model)
+    (again,) = model._forward_pre_hooks.values()
+    assert again is not hook and list(again.sources) == [model[0], model[1]]
+    remove_coat(model)
+    assert not model._forward_pre_hooks
+    for config in (CoatConfig(fsdp_all_gather="bf16"), CoatConfig(granularity="tensor")):
+        apply_coat(model, config)
+        assert not model._forward_pre_hooks
