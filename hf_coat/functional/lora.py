@@ -61,11 +61,11 @@ class _Drop:
 
 
 def _input_again(scale, kept, rebuild, tokens, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, K] as its codes have it, from the codes or from their source, and a factor [1, 1] of it if not 1."""
+    """x [T, K] as its codes have it, from the codes or from their source, and a float32 factor [1, 1] if not 1."""
     if rebuild is None:
         return dequantize(kept[0], scale, dtype=dtype), None
     top = scale.amax(dim=(0, 1), keepdim=True)
-    return rebuild(top, *kept).to(dtype).t()[:tokens], top.to(dtype)
+    return rebuild(top, *kept).to(dtype).t()[:tokens], top
 
 
 class _CoatLora(torch.autograd.Function):
@@ -138,14 +138,13 @@ class _CoatLora(torch.autograd.Function):
                     dx.add_(_dropped(u @ a.to(dtype), drop))
         if any(needs_a):
             x, factor = _input_again(x_s, kept, ctx.rebuild, len(h), dtype)
-            if not any(drops):
-                das = list((joined.t() @ x).split(ctx.ranks))
+            if any(drops):
+                das = [u.t() @ _dropped(x, drop) for u, drop in zip(us, drops, strict=True)]
             else:
-                das = [
-                    None if a is None else u.t() @ _dropped(x, drop)
-                    for u, a, drop in zip(us, downs, drops, strict=True)
-                ]
-            das = [da if factor is None or da is None else da * factor for da in das]
+                das = [joined.t() @ x]  # [sum r, K]
+            if factor is not None:  # a power of two; the product with it is in float32, as adapters mostly are
+                das = [da * factor for da in das]
+            das = das if any(drops) else das[0].split(ctx.ranks)
             das = [da.to(a.dtype) if n else None for da, a, n in zip(das, downs, needs_a, strict=True)]
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
         return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *das, *dbs, *[None] * (len(needs) - 4 * many)
@@ -156,8 +155,8 @@ _SETTINGS = 11  # arguments of _CoatLora before its tensors
 
 def _joined(downs: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
     """a of all adapters, one below the other: [sum r, K]."""
-    there = [a.to(dtype) for a in downs if a is not None]
-    return there[0] if len(there) == 1 else torch.cat(there)
+    there = [a for a in downs if a is not None]
+    return (there[0] if len(there) == 1 else torch.cat(there)).to(dtype)
 
 
 def _dropped(x: torch.Tensor, drop: _Drop | None) -> torch.Tensor:

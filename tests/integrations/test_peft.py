@@ -433,6 +433,25 @@ def test_what_is_kept_between_forward_and_backward(folder):
     assert ours.weights < theirs.weights and ours.gradients == theirs.gradients
 
 
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_states_of_adapters(folder, rank):
+    """What CoatAdamW says of LoRA: below FP32 states but for a b of rank 1, which has a scale for each value."""
+    model = lora(load(folder), r=rank)
+    hf_coat.apply_coat(model)
+    step(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = hf_coat.CoatAdamW(trained, lr=1e-3)
+    optimizer.step()
+    took = {p: sum(t.nbytes for name, t in optimizer.state[p].items() if name != "step") for p in trained}
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            assert took[p] == (2 + 8 / rank) * p.numel()
+            assert (took[p] < 8 * p.numel()) == (rank > 1)
+        elif "lora_A" in name:  # groups of 128 of rows of 64 and 96
+            assert took[p] == 2 * p.numel() + 8 * rank
+    assert sum(took.values()) < 8 * sum(p.numel() for p in trained)
+
+
 def test_prepare_model_for_kbit_training_leaves_the_codes_alone(folder):
     model = load(folder, CoatConfig(frozen_weights="fp8"))
     bits = model.model.layers[0].mlp.up_proj.weight.clone()
