@@ -2,11 +2,13 @@
 
     python benchmarks/lora.py [--json FILE]         forward and backward of 4 x 2048 tokens, and the optimizer's step
 
-``bf16`` is PEFT on a BF16 base, ``int8`` and ``nf4`` are PEFT on bitsandbytes' linears, ``lean`` is PEFT on a base
-that COAT stores as FP8. The adapters are what PEFT makes by default, in FP32 under BF16 autocast, as in a Trainer with
-``bf16=True``; AdamW is torch's fused one for all of them. Weights are random. Times, spreads, activations and peaks
-are those of peers.py; a peer that is not installed is skipped, one that fails is recorded with what it said.
-``losses`` are those of steps on the same random tokens.
+``bf16`` is PEFT on a BF16 base, ``liger`` the same with Liger's kernels; ``int8`` (LLM.int8) and ``nf4`` are PEFT on
+bitsandbytes' linears, ``nf4-kbit`` is NF4 as PEFT's documentation prepares it, by ``prepare_model_for_kbit_training``
+with its defaults, gradient checkpointing among them; ``lean`` is PEFT on a base that COAT stores as FP8. The adapters
+are what PEFT makes by default, in FP32 under BF16 autocast, as in a Trainer with ``bf16=True``; AdamW is torch's fused
+one for all of them. Weights are random. Times, spreads, activations and peaks
+are those of peers.py; a peer that is not installed is skipped, one that fails or takes longer than ``--timeout`` is
+recorded with what it said. ``losses`` are those of steps on the same random tokens; lora_losses.py has real ones.
 
     base bytes per weight   what the wrapped linears hold beside their adapters, over the number of their weights
 """
@@ -22,9 +24,10 @@ from peer_models import LLAMA_2_7B, TINY, Unavailable, _need, causal_lm, llama_c
 from peers import DEVICE, VOCABULARY, activation_bytes, peak_gib, random_ids, show
 from timing import time_ms
 from torch import nn
+from transformers import PreTrainedModel
 
-PEERS = ("bf16", "int8", "nf4", "lean")
-PACKAGES = ("peft", "bitsandbytes")
+PEERS = ("bf16", "liger", "int8", "nf4", "nf4-kbit", "lean")
+PACKAGES = ("peft", "bitsandbytes", "liger-kernel")
 
 
 def quantized(model: nn.Module, kind: str) -> None:
@@ -51,19 +54,25 @@ def quantized(model: nn.Module, kind: str) -> None:
     setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
 
 
-def build(name: str, options) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def adapted(name: str, model: PreTrainedModel, rank: int) -> nn.Module:
+    """A peer's base with adapters on all of its linears but the head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    config = llama_config(options.size, options.layers, options.length, options.vocabulary)
-    model = causal_lm("bf16", config, DEVICE)
-    if name in ("int8", "nf4"):
-        quantized(model, name)
-    model = get_peft_model(model, LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"))
+    if name in ("int8", "nf4", "nf4-kbit"):
+        quantized(model, name.partition("-")[0])
+    if name == "nf4-kbit":
+        model = prepare_model_for_kbit_training(model)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     if name == "lean":
         import hf_coat
 
         hf_coat.apply_coat(model)
     return model.train()
+
+
+def build(name: str, options) -> nn.Module:
+    config = llama_config(options.size, options.layers, options.length, options.vocabulary)
+    return adapted(name, causal_lm("liger" if name == "liger" else "bf16", config, DEVICE), options.rank)
 
 
 def base_bytes(model: nn.Module) -> float:

@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,14 +135,14 @@ def text_folders() -> list[str]:
     return [f for f in found if not any(f.startswith(other + os.sep) for other in found)]  # not one inside another
 
 
-def documents(folders: Iterable[str], megabytes: int) -> Iterator[str]:
+def documents(folders: Iterable[str], megabytes: int, suffixes: Collection[str] = SUFFIXES) -> Iterator[str]:
     """The text of each file in a fixed random order; of files with the same bytes only the first."""
     paths = sorted(
         os.path.join(folder, name)
         for root in folders
         for folder, _, names in os.walk(root)
         for name in names
-        if os.path.splitext(name)[1] in SUFFIXES
+        if os.path.splitext(name)[1] in suffixes
     )
     seen, left = set(), megabytes * 1_000_000
     for i in np.random.default_rng(0).permutation(len(paths)):

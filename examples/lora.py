@@ -118,8 +118,9 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     measured = memory.measure(model, batch, trainer.optimizer)
     merged = model.merge_and_unload()
     hf_coat.remove_coat(merged)  # COAT
-    merged.save_pretrained(args.output_dir)
-    return trainer, Run((before, after), plain_perplexity(trainer), trainer.state.log_history, measured)
+    folder = f"{args.output_dir}/merged"  # not beside the adapter, which transformers would load on top of it
+    merged.save_pretrained(folder)
+    return trainer, Run((before, after), plain_perplexity(trainer, folder), trainer.state.log_history, measured)
 
 
 def summarize(coat: Run, bf16: Run | None) -> None:

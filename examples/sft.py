@@ -136,11 +136,12 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     return trainer, Run((before, after), trainer.state.log_history, memory.measure(model, batch, trainer.optimizer))
 
 
-def plain_perplexity(trainer: Trainer) -> float:
-    """Perplexity of the saved checkpoint, in another process where hf_coat cannot be imported."""
+def plain_perplexity(trainer: Trainer, checkpoint: str | None = None) -> float:
+    """Perplexity of a saved checkpoint, by default the run's, in a process where hf_coat cannot be imported."""
     folder = Path(trainer.args.output_dir)
     trainer.eval_dataset.save_to_disk(folder / "held_out")
-    command = [sys.executable, Path(__file__).with_name("perplexity.py"), folder, folder / "held_out"]
+    program = Path(__file__).with_name("perplexity.py")
+    command = [sys.executable, program, checkpoint or folder, folder / "held_out"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["perplexity"]
 
 

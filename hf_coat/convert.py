@@ -15,7 +15,9 @@ from .families import (
     lora_state,
     mlp_state,
     norm_state,
+    not_storable,
     together,
+    watch_tuners,
     why_kept,
     why_not_stored,
 )
@@ -148,10 +150,7 @@ class _Walk:
         reasons, unstored = why_kept(self.model), why_not_stored(self.model)
         needed = next((m for m in unstored if isinstance(m, CoatFrozenLinear)), None)
         if needed is not None and self.stores:
-            raise ValueError(
-                f"{self.names[needed]} is stored as FP8, but {unstored[needed]}: load or convert the model with "
-                "CoatConfig(frozen_weights='bf16'), which leaves frozen weights as they are"
-            )
+            raise ValueError(not_storable(self.names[needed], unstored[needed]))
         for name, module in list(self.model.named_modules()):
             if not isinstance(module, nn.Linear):
                 continue
@@ -183,7 +182,8 @@ class _Walk:
                 module.coat, module.coat_merged, module.coat_region = self.config, None, region
                 return STORED
             module.thaw()
-        CoatFrozenLinear.freeze(CoatLinear.convert(module, self.config, region))
+        watch_tuners()
+        CoatFrozenLinear.freeze(CoatLinear.convert(module, self.config, region)).coat_name = name
         return STORED
 
     def adapters(self) -> None:

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 import torch
 from coat_kernels import ACTIVATIONS, activation, norm
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .modules import (
     AttentionState,
+    CoatFrozenLinear,
     CoatLinear,
     Converted,
     LoraState,
@@ -88,9 +90,76 @@ def why_not_stored(model: nn.Module) -> dict[nn.Linear, str]:
     for module in model.modules():
         base = getattr(module, "base_layer", None)
         if hasattr(module, "adapter_layer_names") and isinstance(base, nn.Linear) and not is_lora(module):
-            kind = type(module)
-            reasons[base] = f"{kind.__module__.rpartition('.')[0]}.{kind.__name__} may need its weight"
+            reasons[base] = _needs_weight(module)
     return reasons
+
+
+def _needs_weight(tuner: nn.Module) -> str:
+    return f"{type(tuner).__module__.rpartition('.')[0]}.{type(tuner).__name__} may need its weight"
+
+
+def not_storable(name: str, reason: str) -> str:
+    """What to say where a linear is stored as FP8 that must not be."""
+    return (
+        f"{name} is stored as FP8, but {reason}: load or convert the model with "
+        "CoatConfig(frozen_weights='bf16'), which leaves frozen weights as they are"
+    )
+
+
+LORA_VARIANTS = ("ALoraLinearVariant", "DoraLinearVariant", "MontecloraLinearVariant")
+READ_FIRST = ("FrodModel", "TinyLoraModel")  # tuners that look at weights before they build a layer
+
+
+def refuse_tuner(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Stop PEFT where it builds an adapter layer that would read the codes of a stored weight as values.
+
+    A hook on the registration of modules, which :func:`watch_tuners` sets, so that ``get_peft_model`` itself fails.
+
+    ============================  ====================================================================================
+    On a base stored as FP8       Tuners of PEFT 0.21, each tried on a tiny Llama
+    ============================  ====================================================================================
+    trains                        LoRA: plain, rsLoRA, DoRA, aLoRA, MonteCLoRA, QALoRA; started as gaussian, EVA or
+                                  LoRA-GA, or from an adapter's file
+    trains, wraps no linear       prompt, multitask prompt and prefix tuning, p-tuning, CPT, cartridges, LN tuning,
+                                  trainable tokens; adaption prompt, which knows uint8; Shadow on decoder layers
+    refused here                  AdaLoRA, AdaMSS, BEFT, BOFT, C3A, DEFT, DeLoRA, FourierFT, FRoD, GraLoRA, HiRA, HRA,
+                                  IA3, Lily, LoHa, LoKr, MiSS, OFT, OSF, PEANuT, Poly, PSOFT, PVeRA, RandLora, RoAd,
+                                  Shadow on a linear, SHiRA, SuperTuning, TinyLoRA, UniLoRA, VB-LoRA, VeRA, WaveFT;
+                                  LoRA as KaSA or VeLoRA, and with ``target_parameters``
+    refused by PEFT               GLoRA on any linear that is not exactly ``nn.Linear``; LoRA started as PiSSA, OLoRA,
+                                  MiCA or orthogonal, or as BD-LoRA, which need a weight in floating point
+    ============================  ====================================================================================
+
+    Some of the refused ones would train rightly, but none can merge; DEFT, HiRA, HRA, PEANuT, UniLoRA and VeLoRA would
+    compute with the codes and say nothing. They train on a base in BF16, multiplied in FP8. X-LoRA was not tried.
+
+    Raises:
+        ValueError: Naming the layer, the tuner and the option that keeps frozen weights in BF16.
+    """
+    tuner = module if name == "base_layer" else child
+    if name == "model" and type(module).__name__ in READ_FIRST:
+        stored = next((m for m in child.modules() if isinstance(m, CoatFrozenLinear)), None)
+        if stored is not None:
+            raise ValueError(not_storable(stored.coat_name, _needs_weight(module)))
+    if not hasattr(tuner, "adapter_layer_names"):
+        return
+    base = child if tuner is module else getattr(tuner, "base_layer", None)
+    while hasattr(base, "base_layer"):
+        base = base.base_layer
+    if not isinstance(base, CoatFrozenLinear):
+        return
+    if not is_lora(tuner):
+        raise ValueError(not_storable(base.coat_name, _needs_weight(tuner)))
+    variants = {type(v).__name__ for v in getattr(tuner, "lora_variant", {}).values()}
+    if not variants <= set(LORA_VARIANTS):
+        reason = f"{', '.join(sorted(variants.difference(LORA_VARIANTS)))} of LoRA may need its weight"
+        raise ValueError(not_storable(base.coat_name, reason))
+
+
+@functools.cache
+def watch_tuners() -> None:
+    """Have :func:`refuse_tuner` called in this process from now on."""
+    register_module_module_registration_hook(refuse_tuner)
 
 
 def why_kept(model: nn.Module) -> dict[str, str]:

@@ -61,11 +61,11 @@ class _Drop:
 
 
 def _input_again(scale, kept, rebuild, tokens, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, K] as its codes have it, from the codes or from their source, and a factor [1, 1] of it if not 1."""
+    """x [T, K] as its codes have it, from the codes or from their source, and a float32 factor [1, 1] if not 1."""
     if rebuild is None:
         return dequantize(kept[0], scale, dtype=dtype), None
     top = scale.amax(dim=(0, 1), keepdim=True)
-    return rebuild(top, *kept).to(dtype).t()[:tokens], top.to(dtype)
+    return rebuild(top, *kept).to(dtype).t()[:tokens], top
 
 
 class _CoatLora(torch.autograd.Function):
@@ -109,13 +109,15 @@ class _CoatLora(torch.autograd.Function):
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [T, N_i]
         dtype = dys[0].dtype
         dx, das, dbs = None, [None] * many, [None] * many
-        us = [
-            None if b is None else (dy @ b.to(dtype)).mul_(scaling)
-            for dy, b, scaling in zip(dys, ups, scalings, strict=True)
-        ]
+        joined = h.new_empty(h.shape, dtype=dtype)  # all u, [T, sum r]
+        us = joined.split(ctx.ranks, dim=1)
+        for dy, b, u, scaling in zip(dys, ups, us, scalings, strict=True):
+            if b is not None:
+                u.addmm_(dy, b.to(dtype), beta=0, alpha=scaling)
         for i, part in enumerate(h.split(ctx.ranks, dim=1)):
             if needs_b[i]:
-                dbs[i] = (dys[i].t() @ part).mul_(scalings[i]).to(ups[i].dtype)
+                db = part.new_empty(ups[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
+                dbs[i] = db.to(ups[i].dtype)
         biases = [
             dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted else None
             for dy, wanted in zip(dys, needs_bias, strict=True)
@@ -128,8 +130,7 @@ class _CoatLora(torch.autograd.Function):
             dx = scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=dtype)
             del dy_q, w_qt
         del dys
-        joined = None if any(drops) else torch.cat([u for u in us if u is not None], dim=1)  # [T, sum r]
-        if needs_dx and joined is not None:
+        if needs_dx and not any(drops):
             dx.addmm_(joined, _joined(downs, dtype))
         elif needs_dx:
             for u, a, drop in zip(us, downs, drops, strict=True):
@@ -137,11 +138,13 @@ class _CoatLora(torch.autograd.Function):
                     dx.add_(_dropped(u @ a.to(dtype), drop))
         if any(needs_a):
             x, factor = _input_again(x_s, kept, ctx.rebuild, len(h), dtype)
-            if joined is not None:
-                das = list((joined.t() @ x).split(ctx.ranks))
+            if any(drops):
+                das = [u.t() @ _dropped(x, drop) for u, drop in zip(us, drops, strict=True)]
             else:
-                das = [None if u is None else u.t() @ _dropped(x, drop) for u, drop in zip(us, drops, strict=True)]
-            das = [da if factor is None or da is None else da * factor for da in das]
+                das = [joined.t() @ x]  # [sum r, K]
+            if factor is not None:  # a power of two; the product with it is in float32, as adapters mostly are
+                das = [da * factor for da in das]
+            das = das if any(drops) else das[0].split(ctx.ranks)
             das = [da.to(a.dtype) if n else None for da, a, n in zip(das, downs, needs_a, strict=True)]
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
         return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *das, *dbs, *[None] * (len(needs) - 4 * many)
@@ -152,8 +155,8 @@ _SETTINGS = 11  # arguments of _CoatLora before its tensors
 
 def _joined(downs: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
     """a of all adapters, one below the other: [sum r, K]."""
-    there = [a.to(dtype) for a in downs if a is not None]
-    return there[0] if len(there) == 1 else torch.cat(there)
+    there = [a for a in downs if a is not None]
+    return (there[0] if len(there) == 1 else torch.cat(there)).to(dtype)
 
 
 def _dropped(x: torch.Tensor, drop: _Drop | None) -> torch.Tensor:

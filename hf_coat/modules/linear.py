@@ -163,9 +163,11 @@ class CoatFrozenLinear(CoatLinear):
         weight: Parameter, E4M3 codes as uint8 [N, K]: no cast of the model's dtype changes them.
         weight_scale: Buffer, float32 [N, 1], or [1, 1] with a scale per tensor.
         compute_dtype: The dtype of the weight that was stored, and of what :meth:`dequantize` gives.
+        coat_name: What the model called it when it was stored.
     """
 
     compute_dtype: torch.dtype
+    coat_name: str = "a linear"
 
     @classmethod
     def freeze(cls, module: CoatLinear) -> "CoatFrozenLinear":
@@ -187,6 +189,7 @@ class CoatFrozenLinear(CoatLinear):
         """Make this a ``CoatLinear`` again, whose weight are the dequantized values."""
         weight = nn.Parameter(self.dequantize(), requires_grad=False)
         del self.weight_scale, self.compute_dtype
+        vars(self).pop("coat_name", None)
         self.weight, self.coat_cache = weight, WeightCache() if self.coat.cache_weights else None
         self.__class__ = CoatLinear
         return self
