@@ -159,7 +159,7 @@ def test_text_tokens_keep_their_resolution_beside_outliers(benchmarks):
 def test_vision_language_models(case, benchmarks):
     """A row of a tiny model whose tower is frozen, and what of it trains."""
     options = argparse.Namespace(case=case, train="all but the tower", peer="lean", tiny=True, batch=2, iterations=1)
-    options.trace = False
+    options.trace, options.attention = False, "default"
     row = benchmarks("vlm").run(options)
     images = {"llava": [4, 4], "qwen": [1, 2]}[case]
     assert row["tokens"] == sum(images) + 2 * 128
