@@ -122,6 +122,10 @@ def test_a_run_without_findings(tmp_path):
     made.train()
     assert list(callback(made).record["probe"]) == ["1", "2"] and callback(made).probe is None
     assert callback(made).record["probe"]["1"]["language"]["text"]["error"] == pytest.approx(ROUNDING, rel=0.15)
+    assert not any(module._forward_pre_hooks for module in made.model.modules()), "something was left behind"
+    with Probe(made.model, made.args.coat.model) as later:  # on request
+        made.model(**batch())
+    assert later.by_region().keys() == callback(made).record["probe"]["2"].keys()
     never = trainer(tmp_path / "never", 1, probe_steps=0)
     never.train()
     assert "probe" not in callback(never).record
