@@ -118,15 +118,17 @@ def plot(rows: list[dict], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for axis, kind in zip(axes, ("forward", "weight", "rebuilt"), strict=True):
+    titles = {"forward": "outputs", "weight": "weight's gradient", "rebuilt": "the same, input made again"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         for granularity in ("token", "tensor"):
             points = [(row["factor"], row[kind]) for row in rows if row["scale_per"] == granularity]
             axis.loglog(*zip(*points, strict=True), base=2, marker="o", label=f"a scale per {granularity}")
-        axis.set(title=kind, xlabel="image tokens larger than text tokens")
-    axes[0].set_ylabel("relative error, text tokens")
+        axis.set(title=title, xlabel="image tokens, times as large as text tokens")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("relative error from FP8, text tokens")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:

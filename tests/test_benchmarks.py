@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from coat_kernels import Granularity
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -155,13 +156,29 @@ def test_text_tokens_keep_their_resolution_beside_outliers(benchmarks):
     assert row["tensor", 2.0**16] > 0.1
 
 
-@pytest.mark.parametrize("case", ["llava", "qwen"])
-def test_vision_language_models(case, benchmarks):
-    """A row of a tiny model whose tower is frozen, and what of it trains."""
-    options = argparse.Namespace(case=case, train="all but the tower", peer="lean", tiny=True, batch=2, iterations=1)
-    options.trace = False
+@pytest.mark.parametrize(("case", "peer"), [("llava", "lean"), ("qwen", "uniform")])
+def test_vision_language_models(case, peer, benchmarks, monkeypatch):
+    """A row of a tiny model whose tower is frozen, and what of it trains; Qwen's windows by one call a layer."""
+    seen = []
+
+    def varlen_attn(q, k, v, bounds, bounds_k, longest, longest_k):
+        seen.append(bounds.tolist())
+        assert torch.equal(bounds, bounds_k) and longest == longest_k == bounds.diff().max()
+        windows = zip(
+            *(x.transpose(0, 1)[None].tensor_split(bounds[1:-1].long(), dim=2) for x in (q, k, v)), strict=True
+        )
+        out = [torch.nn.functional.scaled_dot_product_attention(*window) for window in windows]
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    options = argparse.Namespace(case=case, train="all but the tower", peer=peer, tiny=True, batch=2, iterations=1)
+    options.trace, options.attention = False, "varlen"
     row = benchmarks("vlm").run(options)
     images = {"llava": [4, 4], "qwen": [1, 2]}[case]
     assert row["tokens"] == sum(images) + 2 * 128
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3)
     assert 0 < row["trainable"] < row["parameters"]
+    assert all(bounds == [0, 4, 12] for bounds in seen) and bool(seen) == (case == "qwen")
+    options.peer = "text-only"
+    with pytest.raises(benchmarks("peer_models").Unavailable, match="the same as lean"):
+        benchmarks("vlm").run(options)

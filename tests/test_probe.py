@@ -40,15 +40,20 @@ def batch() -> dict:
     return torch.utils.data.default_collate(rows(2))
 
 
+def hooks(model: nn.Module) -> dict[str, int]:
+    """How many forward pre-hooks each module has."""
+    return {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
+
+
 def test_what_is_measured():
     model = smolvlm()
     hf_coat.apply_coat(model)
-    before = [(name, len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    before = hooks(model)
     expected = model(**batch()).loss
     with Probe(model) as found:
         loss = model(**batch()).loss
     assert torch.allclose(loss, expected, rtol=1e-2)  # merged weights are on one grid, those of each linear on its own
-    assert before == [(name, len(m._forward_pre_hooks)) for name, m in model.named_modules()]
+    assert before == hooks(model)
     assert torch.equal(model(**batch()).loss, expected), "something was left behind"
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert found.figures().keys() == linears - {"lm_head"}
@@ -119,9 +124,14 @@ def costly_down_projections(monkeypatch) -> None:
 
 def test_a_run_without_findings(tmp_path):
     made = trainer(tmp_path, 3)
+    before = hooks(made.model)
     made.train()
     assert list(callback(made).record["probe"]) == ["1", "2"] and callback(made).probe is None
     assert callback(made).record["probe"]["1"]["language"]["text"]["error"] == pytest.approx(ROUNDING, rel=0.15)
+    assert hooks(made.model) == before, "something was left behind"
+    with Probe(made.model, made.args.coat.model) as later:  # on request
+        made.model(**batch())
+    assert later.by_region().keys() == callback(made).record["probe"]["2"].keys()
     never = trainer(tmp_path / "never", 1, probe_steps=0)
     never.train()
     assert "probe" not in callback(never).record
