@@ -19,7 +19,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -81,13 +81,14 @@ class StepEstimate:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the bytes of live storages by class, and remembers when they were most."""
+    """Counts the bytes of live storages by class, at each moment at which there is one more."""
 
-    def __init__(self, gpus: int, logits_width: int | None):
+    def __init__(self, logits_width: int | None):
         super().__init__()
-        self.gpus, self.logits_width = gpus, logits_width
+        self.logits_width = logits_width
         self.known: dict[int, tuple[weakref.ref, int, str]] = {}
-        self.now, self.at_peak, self.phase, self.peak_phase = Counter(), Counter(), "", ""
+        self.now, self.phase = Counter(), ""
+        self.moments: list[tuple[Counter, str]] = []
         self.logits = self.most_logits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -108,12 +109,10 @@ class _Watch(TorchDispatchMode):
                 self._count(key, storage, kind, tensor)
             return
         self._count(key, storage, kind or "working set", tensor)
-        if sum(self.now.values()) > sum(self.at_peak.values()):
-            self.at_peak, self.peak_phase = self.now.copy(), self.phase
+        self.moments.append((self.now.copy(), self.phase))
 
     def _count(self, key: int, storage: torch.UntypedStorage, kind: str, tensor: torch.Tensor) -> None:
-        size = -(-storage.nbytes() // (self.gpus if kind in SHARDED else 1))
-        size = -(-size // ALIGNMENT) * ALIGNMENT
+        size = -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
         self.known[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
         self.now[kind] += size
         if self.logits_width is not None and kind == "working set" and tensor.dim() > 1:
@@ -128,6 +127,16 @@ class _Watch(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         _, size, kind = self.known.pop(key)
         self.now[kind] -= size
+
+    def peak(self, gpus: int) -> tuple[dict[str, int], str]:
+        """What each of so many GPUs held when that was most, and the phase of the step."""
+        held, phase = max(self.moments, key=lambda moment: sum(_share(moment[0], gpus).values()))
+        return _share(held, gpus), phase
+
+
+def _share(held: Mapping[str, int], gpus: int) -> dict[str, int]:
+    """What one of ``gpus`` holds of it."""
+    return {kind: -(-size // gpus) if kind in SHARDED else size for kind, size in held.items()}
 
 
 class _AutocastOfCuda(TorchFunctionMode):
@@ -144,20 +153,20 @@ def estimate_step(
     batch: Mapping[str, object] | tuple[int, int],
     make_optimizer: Callable[[nn.Module], Optimizer],
     *,
-    gpus: int = 1,
+    gpus: Sequence[int] = (1,),
     units: tuple[str, ...] = (),
     autocast: torch.dtype | None = None,
     accumulate: bool = False,
     max_grad_norm: float = 1.0,
     gradient_release: bool = False,
-) -> StepEstimate:
-    """Predict the memory of a training step as the stock Trainer makes it.
+) -> dict[int, StepEstimate]:
+    """Predict the memory of a training step as the stock Trainer makes it, for each of several numbers of GPUs.
 
     Args:
         model: Converted or not, with adapters or not, on any device, the meta device included.
         batch: As in :func:`hf_coat.memory.predict`.
         make_optimizer: Makes the optimizer of the model it is given.
-        gpus: Over how many GPUs FSDP2 shards it; ``batch`` is that of one of them.
+        gpus: Over how many GPUs FSDP2 shards it, or would; ``batch`` is that of one of them.
         units: Class names of the modules that FSDP2 shards one by one.
         autocast: Dtype of the autocast that the training runs in, if any.
         accumulate: Whether gradients of earlier microbatches are there already.
@@ -175,7 +184,7 @@ def estimate_step(
         optimizer = make_optimizer(model)
         _take_a_step(trainable, optimizer)  # states are made in the first one
         width = getattr(getattr(model.config, "get_text_config", lambda: model.config)(), "vocab_size", None)
-        watch = _Watch(gpus, width)
+        watch = _Watch(width)
         for kind, tensors in (("weights", tensors_of(model)), ("optimizer_states", _states(optimizer))):
             for tensor in tensors:
                 watch.see(tensor, kind)
@@ -209,23 +218,24 @@ def estimate_step(
             optimizer.step()
         for hook in hooks:
             hook.remove()
-        weights, states = watch.now["weights"], watch.now["optimizer_states"]
-        at_peak = dict(watch.at_peak)
-        at_peak["working set"] = at_peak.get("working set", 0)
-        if gpus > 1:
-            at_peak["whole units"] = _whole_units(model, units)
-        at_peak["workspace"] = WORKSPACE
-        at_peak["batch"] = distinct_bytes(batch_tensors)
-    return StepEstimate(
-        weights,
-        most_gradients,
-        states,
-        activations,
-        watch.most_logits,
-        sum(at_peak.values()),
-        watch.peak_phase,
-        at_peak,
-    )
+        held = {"weights": watch.now["weights"], "optimizer_states": watch.now["optimizer_states"]}
+        held["gradients"] = most_gradients
+        beside = {"workspace": WORKSPACE, "batch": distinct_bytes(batch_tensors)}
+        found = {}
+        for count in gpus:
+            at_peak, phase = watch.peak(count)
+            at_peak = {"working set": 0} | at_peak | beside
+            if count > 1:
+                at_peak["whole units"] = _whole_units(model, units)
+            found[count] = StepEstimate(
+                **_share(held, count),
+                activations=activations,
+                logits=watch.most_logits,
+                peak=sum(at_peak.values()),
+                phase=phase,
+                at_peak=at_peak,
+            )
+    return found
 
 
 def _loss(model: nn.Module, batch: Mapping[str, object]) -> torch.Tensor:

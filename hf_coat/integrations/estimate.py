@@ -5,7 +5,7 @@ there, and :func:`hf_coat.peak.estimate_step` runs a step of it.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,15 @@ def estimate(training: Training) -> StepEstimate:
     """Predict the memory of a step of this training with the stock Trainer and ``bf16=True``.
 
     Raises:
+        As :func:`estimates`.
+    """
+    return estimates(training, (training.gpus,))[training.gpus]
+
+
+def estimates(training: Training, gpus: Sequence[int]) -> dict[int, StepEstimate]:
+    """The same for several numbers of GPUs at once, whatever ``training`` says of them.
+
+    Raises:
         OSError: Where there is no such config; transformers' own message.
         RuntimeError, ValueError: As :func:`hf_coat.peak.estimate_step`; or for a kind of images that is not known, or
             gradients that are both accumulated and released.
@@ -71,7 +80,7 @@ def estimate(training: Training) -> StepEstimate:
         model,
         batch_of(model, training),
         make_optimizer,
-        gpus=training.gpus,
+        gpus=gpus,
         units=tuple(getattr(model, "_no_split_modules", None) or ()),
         autocast=torch.bfloat16,
         accumulate=training.accumulate,
