@@ -37,12 +37,13 @@ def _estimate(options: argparse.Namespace) -> str:
             options.model, options.batch, options.seq, None if name == BF16 else name, options.gpus, options.lora,
             options.images, options.dtype, options.checkpointing, options.accumulate, options.revision,
         )  # fmt: skip
-        known = {training.batch: estimate(training)}
-        step = known[training.batch]
+        step = estimate(training)
         row = asdict(step) | {"needed": step.needed(), "fits": [card for card in CARDS if step.fits(card)]}
         row["speedup"] = speedup(training)
         if options.card:
-            row["largest_batch"] = {options.card: largest_batch(training, options.card, known)}
+            row["largest_batch"] = {
+                options.card: largest_batch(training, options.card, {options.batch: {options.gpus: step}})
+            }
         rows[os.path.basename(name) if name != BF16 else "BF16, AdamW"] = row
         records[name] = row
     if options.json:

@@ -19,7 +19,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -153,7 +153,7 @@ def estimate_step(
     batch: Mapping[str, object] | tuple[int, int],
     make_optimizer: Callable[[nn.Module], Optimizer],
     *,
-    gpus: Sequence[int] = (1,),
+    gpus: Iterable[int] = (1,),
     units: tuple[str, ...] = (),
     autocast: torch.dtype | None = None,
     accumulate: bool = False,

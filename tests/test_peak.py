@@ -1,6 +1,7 @@
 """The predicted high-water mark: counted by hand, against recorded runs on a GPU, and by what moves it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,9 +156,13 @@ def test_largest_batch():
     wide = LlamaConfig(**TEXT | {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32000})
     training = Training(wide, batch=3, length=2048, coat=None)
     known = {}
-    most = largest_batch(training, 24, known)
-    assert known[most].fits(24) and not known[most + 1].fits(24)
-    assert len(known) < 9
+    most = largest_batch(training, 24, known, gpus=(1, 8))
+    assert known[most][1].fits(24) and not known[most + 1][1].fits(24)
+    before = len(known)
+    assert before < 9
+    more = largest_batch(replace(training, gpus=8), 24, known, gpus=(1,))
+    assert more >= most and known[more][8].fits(24) and not known[more + 1][8].fits(24)
+    assert largest_batch(training, 24, known) == most and len(known) < before + 9
 
 
 def test_command(tmp_path, capsys):

@@ -5,7 +5,7 @@ there, and :func:`hf_coat.peak.estimate_step` runs a step of it.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,7 +63,7 @@ def estimate(training: Training) -> StepEstimate:
     return estimates(training, (training.gpus,))[training.gpus]
 
 
-def estimates(training: Training, gpus: Sequence[int]) -> dict[int, StepEstimate]:
+def estimates(training: Training, gpus: Iterable[int]) -> dict[int, StepEstimate]:
     """The same for several numbers of GPUs at once, whatever ``training`` says of them.
 
     Raises:
@@ -97,28 +97,30 @@ def speedup(training: Training) -> dict[str, int | float | str] | None:
     return measured_speedup(hidden_size(_config(training)), training.batch * training.length, measured().gpu)
 
 
-def largest_batch(training: Training, card: int, known: dict[int, StepEstimate]) -> int:
+def largest_batch(
+    training: Training, card: int, known: dict[int, dict[int, StepEstimate]], gpus: Sequence[int] = ()
+) -> int:
     """The most sequences on a GPU that a card of :data:`hf_coat.peak.CARDS` holds; 0 where it holds not even one.
 
     The peak grows with the batch along pieces of straight lines, so two estimates say about where to look.
 
     Args:
-        known: Estimates by batch that were made before; those that are made here are added.
+        known: By batch what :func:`estimates` said of it before; what is asked for here is added.
+        gpus: Numbers of GPUs that will be asked about too, and are estimated together with this one.
     """
     low, high, guess = 0, None, training.batch
     while high is None or high - low > 1:
         if guess not in known:
-            known[guess] = estimate(replace(training, batch=guess))
-        if known[guess].fits(card):
-            low = guess
-        else:
-            high = guess
-        if len(known) < 2:
+            known[guess] = estimates(replace(training, batch=guess), {training.gpus, *gpus})
+        steps = {batch: found[training.gpus] for batch, found in sorted(known.items())}
+        fitting = [batch for batch, step in steps.items() if step.fits(card)]
+        low, high = max(fitting, default=0), min(steps.keys() - fitting, default=None)
+        if len(steps) < 2:
             guess = 2 * low if low else max(1, high // 2)
             continue
-        (a, first), (b, last) = sorted(known.items())[:: len(known) - 1]
-        slope = (last.needed() - first.needed()) / (b - a)
-        reach = b + (CARDS[card] * 2**30 - last.needed()) / slope if slope > 0 else 2 * b
+        a, b = min(steps), max(steps)
+        slope = (steps[b].needed() - steps[a].needed()) / (b - a)
+        reach = b + (CARDS[card] * 2**30 - steps[b].needed()) / slope if slope > 0 else 2 * b
         # between what is known to fit and what is known not to; if both sides of the guess are, it is proven
         guess = min(max(int(reach), low + 1), 2 * max(low, b) if high is None else high - 1)
         guess = max(guess, 1)
