@@ -12,7 +12,8 @@ step. What kernels take inside an operation (a workspace, the sums of an attenti
 
 Sharded over N GPUs (FSDP2, each decoder layer a unit, batches of its own) a GPU holds 1/N of weights, gradients and
 states, and beside them whole: the weights of the unit that runs, of the next one, which is fetched meanwhile, and the
-gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts.
+gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts. FSDP2's mixed
+precision gathers FP32 weights as BF16: then no copies of them are among the activations, as autocast makes them.
 """
 
 import math
@@ -98,21 +99,21 @@ class _Watch(TorchDispatchMode):
                 self.see(value)
         return result
 
-    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Count the storage under ``tensor``, or, where ``kind`` is given, count it as that from now on."""
+    def see(self, tensor: torch.Tensor, kind: str | None = None, times: int = 1) -> None:
+        """Count the storage under ``tensor``, or, where ``kind`` is given, count it as that from now on, ``times``."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         found = self.known.get(key)
         if found is not None and found[0]() is storage:
             if kind is not None and kind != found[2]:
                 self._forget(key)
-                self._count(key, storage, kind, tensor)
+                self._count(key, storage, kind, tensor, times)
             return
-        self._count(key, storage, kind or "working set", tensor)
+        self._count(key, storage, kind or "working set", tensor, times)
         self.moments.append((self.now.copy(), self.phase))
 
-    def _count(self, key: int, storage: torch.UntypedStorage, kind: str, tensor: torch.Tensor) -> None:
-        size = -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+    def _count(self, key: int, storage: torch.UntypedStorage, kind: str, tensor: torch.Tensor, times: int) -> None:
+        size = times * -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
         self.known[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
         self.now[kind] += size
         if self.logits_width is not None and kind == "working set" and tensor.dim() > 1:
@@ -131,7 +132,7 @@ class _Watch(TorchDispatchMode):
     def peak(self, gpus: int) -> tuple[dict[str, int], str]:
         """What each of so many GPUs held when that was most, and the phase of the step."""
         held, phase = max(self.moments, key=lambda moment: sum(_share(moment[0], gpus).values()))
-        return _share(held, gpus), phase
+        return _share({kind: size for kind, size in held.items() if size}, gpus), phase
 
 
 def _share(held: Mapping[str, int], gpus: int) -> dict[str, int]:
@@ -155,6 +156,7 @@ def estimate_step(
     *,
     gpus: Iterable[int] = (1,),
     units: tuple[str, ...] = (),
+    gather: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
     accumulate: bool = False,
     max_grad_norm: float = 1.0,
@@ -168,6 +170,8 @@ def estimate_step(
         make_optimizer: Makes the optimizer of the model it is given.
         gpus: Over how many GPUs FSDP2 shards it, or would; ``batch`` is that of one of them.
         units: Class names of the modules that FSDP2 shards one by one.
+        gather: As what FSDP2's mixed precision gathers FP32 weights; None where it gathers them as they are. The
+            gradients are FP32 once they are sharded.
         autocast: Dtype of the autocast that the training runs in, if any.
         accumulate: Whether gradients of earlier microbatches are there already.
         max_grad_norm: As in ``TrainingArguments``; 0 clips nothing.
@@ -190,10 +194,14 @@ def estimate_step(
                 watch.see(tensor, kind)
         batch_tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
         most_gradients = 0
+        sharded = {p: p.data for p in model.parameters() if gather is not None and p.dtype == torch.float32}
+        for p in sharded:  # what is gathered is counted by units, below
+            p.data = p.data.to(gather)
+            watch.see(p.data, "gathered", times=0)
 
         def count(p: torch.Tensor) -> None:
             nonlocal most_gradients
-            watch.see(p.grad, "gradients")
+            watch.see(p.grad, "gradients", times=4 // p.element_size() if p in sharded else 1)
             most_gradients = max(most_gradients, watch.now["gradients"])
 
         hooks = [p.register_post_accumulate_grad_hook(count) for p in trainable]
@@ -202,7 +210,7 @@ def estimate_step(
         if accumulate:
             for p in trainable:
                 p.grad = torch.zeros_like(p)
-                watch.see(p.grad, "gradients")
+                count(p)
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with watch:
             watch.phase = "forward"
@@ -212,6 +220,13 @@ def estimate_step(
             watch.phase = "backward"
             loss.backward()
             del loss
+            for p, shard in sharded.items():
+                gradient, p.grad = p.grad, None
+                p.data = shard
+                if gradient is not None:
+                    del gradient
+                    p.grad = torch.zeros_like(p)
+                    watch.see(p.grad, "gradients")
             watch.phase = "optimizer"
             if max_grad_norm and not gradient_release:
                 nn.utils.clip_grad_norm_(trainable, max_grad_norm)
@@ -222,13 +237,13 @@ def estimate_step(
         held["gradients"] = most_gradients
         beside = {"workspace": WORKSPACE, "batch": distinct_bytes(batch_tensors)}
         found = {}
-        for count in gpus:
-            at_peak, phase = watch.peak(count)
+        for n in gpus:
+            at_peak, phase = watch.peak(n)
             at_peak = {"working set": 0} | at_peak | beside
-            if count > 1:
-                at_peak["whole units"] = _whole_units(model, units)
-            found[count] = StepEstimate(
-                **_share(held, count),
+            if n > 1:
+                at_peak["whole units"] = _whole_units(model, units, gather)
+            found[n] = StepEstimate(
+                **_share(held, n),
                 activations=activations,
                 logits=watch.most_logits,
                 peak=sum(at_peak.values()),
@@ -256,11 +271,18 @@ def _states(optimizer: Optimizer) -> list[torch.Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
 
 
-def _whole_units(model: nn.Module, units: tuple[str, ...]) -> int:
+def _whole_units(model: nn.Module, units: tuple[str, ...], gather: torch.dtype | None) -> int:
     """What a GPU holds unsharded: two units' weights and one unit's gradients; the root is a unit of its own."""
+
+    def size(params: list[nn.Parameter]) -> int:
+        if gather is None:
+            return distinct_bytes(params)
+        wide = distinct_bytes([p for p in params if p.dtype == torch.float32])
+        return distinct_bytes(params) - wide + wide * gather.itemsize // 4
+
     wrapped = [module for module in model.modules() if type(module).__name__ in units]
     inside = {id(p) for module in wrapped for p in module.parameters()}
     groups = [list(module.parameters()) for module in wrapped]
     groups.append([p for p in model.parameters() if id(p) not in inside])
-    weights = sorted((distinct_bytes(group) for group in groups), reverse=True)
-    return sum(weights[:2]) + max(distinct_bytes([p for p in group if p.requires_grad]) for group in groups)
+    weights = sorted((size(group) for group in groups), reverse=True)
+    return sum(weights[:2]) + max(size([p for p in group if p.requires_grad]) for group in groups)

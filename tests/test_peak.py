@@ -115,12 +115,25 @@ def test_what_moves_it():
     assert of(lora=4).weights < full.weights, "the frozen base is stored as FP8"
     assert of(checkpointing=True, length=256).activations < of(length=256).activations
     assert of(accumulate=True).at_peak["gradients"] >= full.gradients
-    shared = of(gpus=4)
+    shared = of(gpus=4, dtype="bfloat16")
     assert full.weights / 4 <= shared.weights < full.weights / 4 + 512 * 40
     assert shared.at_peak["whole units"] > 0 and shared.activations == full.activations
-    assert estimates(Training(LLAMA, batch=2, length=64), (1, 4)) == {1: full, 4: shared}
+    assert estimates(Training(LLAMA, batch=2, length=64, dtype="bfloat16"), (1, 4)) == {1: full, 4: shared}
     assert of(dtype="float32").weights == pytest.approx(2 * full.weights, rel=0.02)  # buffers are float32 anyway
     assert plain.logits > full.logits
+
+
+@pytest.mark.parametrize("coat", [None, "lean"])
+def test_sharded_as_accelerate_does(coat):
+    """Trained weights are FP32 and gathered as BF16: what is kept for the backward is what BF16 weights would keep."""
+    half, wide = (of(gpus=4, coat=coat, dtype=dtype) for dtype in ("bfloat16", None))
+    assert wide.gradients == pytest.approx(2 * half.gradients, rel=0.02)
+    assert wide.weights == pytest.approx(2 * half.weights, rel=0.02)
+    assert wide.optimizer_states == pytest.approx((1 if coat else 2) * half.optimizer_states, rel=0.02)
+    assert wide.activations == half.activations < of(coat=coat, dtype="float32").activations
+    assert wide.at_peak["whole units"] == half.at_peak["whole units"]
+    adapted, base = (of(gpus=4, coat=coat, lora=4, dtype=dtype) for dtype in (None, "bfloat16"))
+    assert adapted.weights == base.weights, "what is frozen stays as it is, and PEFT's adapters are FP32 already"
 
 
 def test_gradients_that_are_released():

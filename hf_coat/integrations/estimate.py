@@ -34,7 +34,8 @@ class Training:
         gpus: Over how many GPUs FSDP2 shards it.
         lora: Rank of LoRA adapters on all linears; None trains in full.
         images: Images in each sequence of a vision-language model.
-        dtype: Of the parameters, ``"bfloat16"`` or ``"float32"``.
+        dtype: Of the parameters, ``"bfloat16"`` or ``"float32"``; by default a model in BF16, whose trained parameters
+            become FP32 under FSDP2: accelerate does that where Trainer has ``bf16=True``.
         checkpointing: Whether with gradient checkpointing.
         accumulate: Whether gradients are accumulated over several forwards.
         revision, token: As in ``from_pretrained``.
@@ -47,7 +48,7 @@ class Training:
     gpus: int = 1
     lora: int | None = None
     images: int = 1
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     checkpointing: bool = False
     accumulate: bool = False
     revision: str | None = None
@@ -75,17 +76,29 @@ def estimates(training: Training, gpus: Iterable[int]) -> dict[int, StepEstimate
     release = coat is not None and coat.optimizer is not None and coat.optimizer.gradient_release
     if release:
         check_release(coat, 1 + training.accumulate)
-    model, make_optimizer = ghost(training)
-    return estimate_step(
-        model,
-        batch_of(model, training),
-        make_optimizer,
-        gpus=gpus,
-        units=tuple(getattr(model, "_no_split_modules", None) or ()),
-        autocast=torch.bfloat16,
-        accumulate=training.accumulate,
-        gradient_release=release,
-    )
+    found = {}
+    gpus = sorted(gpus)
+    # FSDP2 gathers FP32 weights as BF16; one GPU has them as they are, under autocast. Released gradients: as one GPU.
+    sharded = [count for count in gpus if count > 1]
+    for counts, gather in (([1] * (1 in gpus), None), (sharded, None if release else torch.bfloat16)):
+        if not counts:
+            continue
+        model, make_optimizer = ghost(training)
+        if counts is sharded and training.dtype is None:
+            for p in model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
+        found |= estimate_step(
+            model,
+            batch_of(model, training),
+            make_optimizer,
+            gpus=counts,
+            units=tuple(getattr(model, "_no_split_modules", None) or ()),
+            gather=gather,
+            autocast=torch.bfloat16,
+            accumulate=training.accumulate,
+            gradient_release=release,
+        )
+    return found
 
 
 def speedup(training: Training) -> dict[str, int | float | str] | None:
@@ -139,7 +152,7 @@ def ghost(training: Training):
     vision = type(config) in AutoModelForImageTextToText._model_mapping
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=DTYPES[training.dtype])
+        model = kind.from_config(config, dtype=DTYPES[training.dtype or "bfloat16"])
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False  # as Trainer sets it
     if training.checkpointing:
