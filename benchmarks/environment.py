@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,13 +27,19 @@ def environment(*packages: str) -> dict:
     return where | {name: _version(name) for name in ("torch", "triton", "transformers", *packages)}
 
 
-def fresh_process(script: str, *arguments: str, timeout: float | None = None) -> dict:
-    """What ``python script *arguments --json FILE`` wrote into the file, or ``{"error": what it said at its end}``."""
+def fresh_process(
+    script: str, *arguments: str, timeout: float | None = None, environ: Mapping[str, str] | None = None
+) -> dict:
+    """What ``python script *arguments --json FILE`` wrote into the file, or ``{"error": what it said at its end}``.
+
+    ``environ`` is added to the environment that it runs in.
+    """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, script, *arguments, "--json", str(result)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+            environment = os.environ | (environ or {})
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
         except subprocess.TimeoutExpired:
             return {"error": f"not done after {timeout:g} s"}
         if done.returncode or not result.exists():

@@ -2,9 +2,10 @@
 
     python benchmarks/live.py [--steps 60] [--repeat 3] [--json FILE] [--tiny]
 
-A Llama of about 1 B parameters in BF16, random tokens, the preset "lean", a log every ten steps; every twentieth step
-is one whose rounding is measured. Times are means over all steps but the first ten; of the repetitions the fastest
-counts, and ``spread`` is the slowest minus it. ``--tiny`` takes a tiny model, on the CPU too. Losses must be equal.
+A Llama of about 1 B parameters in BF16, random tokens, the preset "lean", a log every ten steps; every fiftieth step
+is one whose rounding is measured. Times are means over all steps but the first ten, so take a multiple of 50 and ten;
+of the repetitions the fastest counts, and ``spread`` is the slowest minus it. ``--tiny`` takes a tiny model, on the
+CPU too. Losses must be equal.
 """
 
 import argparse

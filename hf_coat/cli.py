@@ -37,17 +37,19 @@ def _estimate(options: argparse.Namespace) -> str:
             options.model, options.batch, options.seq, None if name == BF16 else name, options.gpus, options.lora,
             options.images, options.dtype, options.checkpointing, options.accumulate, options.revision,
         )  # fmt: skip
-        known = {training.batch: estimate(training)}
-        step = known[training.batch]
+        step = estimate(training)
         row = asdict(step) | {"needed": step.needed(), "fits": [card for card in CARDS if step.fits(card)]}
         row["speedup"] = speedup(training)
         if options.card:
-            row["largest_batch"] = {options.card: largest_batch(training, options.card, known)}
+            row["largest_batch"] = {
+                options.card: largest_batch(training, options.card, {options.batch: {options.gpus: step}})
+            }
         rows[os.path.basename(name) if name != BF16 else "BF16, AdamW"] = row
         records[name] = row
     if options.json:
         return json.dumps(records, indent=1)
-    how = [f"batch {options.batch} x {options.seq}", options.dtype]
+    dtype = options.dtype or ("bfloat16" if options.gpus == 1 else "trained parameters in float32")
+    how = [f"batch {options.batch} x {options.seq}", dtype]
     how += [f"FSDP2 over {options.gpus} GPUs"] if options.gpus > 1 else []
     how += [f"LoRA of rank {options.lora}"] if options.lora else []
     how += ["gradient checkpointing"] * options.checkpointing + ["gradient accumulation"] * options.accumulate
@@ -130,7 +132,11 @@ def parser() -> argparse.ArgumentParser:
         "--lora", type=_positive, metavar="RANK", help="train LoRA adapters of this rank, not all weights"
     )
     new.add_argument("--images", type=int, default=1, help="images in a sequence of a vision-language model (1)")
-    new.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the parameters")
+    new.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the parameters (bfloat16; those that train are float32 under FSDP2, as accelerate makes them)",
+    )
     new.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     new.add_argument("--accumulate", action="store_true", help="gradients are accumulated over several forwards")
     new.add_argument("--card", type=int, choices=(24, 40, 48, 80, 141), help="find the largest batch for this card")

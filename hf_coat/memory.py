@@ -34,6 +34,7 @@ from .optim.release import BATCH_BYTES
 from .optim.sharding import rows_shape
 
 STEP_BYTES = 4
+CODES = (torch.uint8, torch.int8)
 MUON_GROUP_BYTES = 1  # the scale of a group of CoatMuon's momentum
 
 
@@ -169,7 +170,10 @@ def measure(model: nn.Module, batch: Mapping[str, object], optimizer: Optimizer)
 
 
 class _RealIntegers(TorchDispatchMode):
-    """Inside FakeTensorMode: an operation on no fake tensor whose results are no floats is done for real."""
+    """Inside FakeTensorMode: an operation on no fake tensor whose results are no floats is done for real.
+
+    Bytes are none of the integers that models look into: they are codes, as many as there are parameters.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -180,7 +184,8 @@ class _RealIntegers(TorchDispatchMode):
                 result = func(*args, **kwargs)
             except DynamicOutputShapeException:  # the values say how long the result is: they are there
                 result = None
-            if any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in tree_leaves(result)):
+            made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+            if any(value.is_floating_point() or value.dtype in CODES for value in made):
                 return result
         with unset_fake_temporarily():
             return func(*args, **kwargs)

@@ -12,14 +12,15 @@ step. What kernels take inside an operation (a workspace, the sums of an attenti
 
 Sharded over N GPUs (FSDP2, each decoder layer a unit, batches of its own) a GPU holds 1/N of weights, gradients and
 states, and beside them whole: the weights of the unit that runs, of the next one, which is fetched meanwhile, and the
-gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts.
+gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts. FSDP2's mixed
+precision gathers FP32 weights as BF16: then no copies of them are among the activations, as autocast makes them.
 """
 
 import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -81,13 +82,14 @@ class StepEstimate:
 
 
 class _Watch(TorchDispatchMode):
-    """Counts the bytes of live storages by class, and remembers when they were most."""
+    """Counts the bytes of live storages by class, at each moment at which there is one more."""
 
-    def __init__(self, gpus: int, logits_width: int | None):
+    def __init__(self, logits_width: int | None):
         super().__init__()
-        self.gpus, self.logits_width = gpus, logits_width
+        self.logits_width = logits_width
         self.known: dict[int, tuple[weakref.ref, int, str]] = {}
-        self.now, self.at_peak, self.phase, self.peak_phase = Counter(), Counter(), "", ""
+        self.now, self.phase = Counter(), ""
+        self.moments: list[tuple[Counter, str]] = []
         self.logits = self.most_logits = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -97,23 +99,21 @@ class _Watch(TorchDispatchMode):
                 self.see(value)
         return result
 
-    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Count the storage under ``tensor``, or, where ``kind`` is given, count it as that from now on."""
+    def see(self, tensor: torch.Tensor, kind: str | None = None, times: int = 1) -> None:
+        """Count the storage under ``tensor``, or, where ``kind`` is given, count it as that from now on, ``times``."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         found = self.known.get(key)
         if found is not None and found[0]() is storage:
             if kind is not None and kind != found[2]:
                 self._forget(key)
-                self._count(key, storage, kind, tensor)
+                self._count(key, storage, kind, tensor, times)
             return
-        self._count(key, storage, kind or "working set", tensor)
-        if sum(self.now.values()) > sum(self.at_peak.values()):
-            self.at_peak, self.peak_phase = self.now.copy(), self.phase
+        self._count(key, storage, kind or "working set", tensor, times)
+        self.moments.append((self.now.copy(), self.phase))
 
-    def _count(self, key: int, storage: torch.UntypedStorage, kind: str, tensor: torch.Tensor) -> None:
-        size = -(-storage.nbytes() // (self.gpus if kind in SHARDED else 1))
-        size = -(-size // ALIGNMENT) * ALIGNMENT
+    def _count(self, key: int, storage: torch.UntypedStorage, kind: str, tensor: torch.Tensor, times: int) -> None:
+        size = times * -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
         self.known[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
         self.now[kind] += size
         if self.logits_width is not None and kind == "working set" and tensor.dim() > 1:
@@ -128,6 +128,16 @@ class _Watch(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         _, size, kind = self.known.pop(key)
         self.now[kind] -= size
+
+    def peak(self, gpus: int) -> tuple[dict[str, int], str]:
+        """What each of so many GPUs held when that was most, and the phase of the step."""
+        held, phase = max(self.moments, key=lambda moment: sum(_share(moment[0], gpus).values()))
+        return _share({kind: size for kind, size in held.items() if size}, gpus), phase
+
+
+def _share(held: Mapping[str, int], gpus: int) -> dict[str, int]:
+    """What one of ``gpus`` holds of it."""
+    return {kind: -(-size // gpus) if kind in SHARDED else size for kind, size in held.items()}
 
 
 class _AutocastOfCuda(TorchFunctionMode):
@@ -144,21 +154,24 @@ def estimate_step(
     batch: Mapping[str, object] | tuple[int, int],
     make_optimizer: Callable[[nn.Module], Optimizer],
     *,
-    gpus: int = 1,
+    gpus: Iterable[int] = (1,),
     units: tuple[str, ...] = (),
+    gather: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
     accumulate: bool = False,
     max_grad_norm: float = 1.0,
     gradient_release: bool = False,
-) -> StepEstimate:
-    """Predict the memory of a training step as the stock Trainer makes it.
+) -> dict[int, StepEstimate]:
+    """Predict the memory of a training step as the stock Trainer makes it, for each of several numbers of GPUs.
 
     Args:
         model: Converted or not, with adapters or not, on any device, the meta device included.
         batch: As in :func:`hf_coat.memory.predict`.
         make_optimizer: Makes the optimizer of the model it is given.
-        gpus: Over how many GPUs FSDP2 shards it; ``batch`` is that of one of them.
+        gpus: Over how many GPUs FSDP2 shards it, or would; ``batch`` is that of one of them.
         units: Class names of the modules that FSDP2 shards one by one.
+        gather: As what FSDP2's mixed precision gathers FP32 weights; None where it gathers them as they are. The
+            gradients are FP32 once they are sharded.
         autocast: Dtype of the autocast that the training runs in, if any.
         accumulate: Whether gradients of earlier microbatches are there already.
         max_grad_norm: As in ``TrainingArguments``; 0 clips nothing.
@@ -175,16 +188,20 @@ def estimate_step(
         optimizer = make_optimizer(model)
         _take_a_step(trainable, optimizer)  # states are made in the first one
         width = getattr(getattr(model.config, "get_text_config", lambda: model.config)(), "vocab_size", None)
-        watch = _Watch(gpus, width)
+        watch = _Watch(width)
         for kind, tensors in (("weights", tensors_of(model)), ("optimizer_states", _states(optimizer))):
             for tensor in tensors:
                 watch.see(tensor, kind)
         batch_tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
         most_gradients = 0
+        sharded = {p: p.data for p in model.parameters() if gather is not None and p.dtype == torch.float32}
+        for p in sharded:  # what is gathered is counted by units, below
+            p.data = p.data.to(gather)
+            watch.see(p.data, "gathered", times=0)
 
         def count(p: torch.Tensor) -> None:
             nonlocal most_gradients
-            watch.see(p.grad, "gradients")
+            watch.see(p.grad, "gradients", times=4 // p.element_size() if p in sharded else 1)
             most_gradients = max(most_gradients, watch.now["gradients"])
 
         hooks = [p.register_post_accumulate_grad_hook(count) for p in trainable]
@@ -193,7 +210,7 @@ def estimate_step(
         if accumulate:
             for p in trainable:
                 p.grad = torch.zeros_like(p)
-                watch.see(p.grad, "gradients")
+                count(p)
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with watch:
             watch.phase = "forward"
@@ -203,29 +220,37 @@ def estimate_step(
             watch.phase = "backward"
             loss.backward()
             del loss
+            for p, shard in sharded.items():
+                gradient, p.grad = p.grad, None
+                p.data = shard
+                if gradient is not None:
+                    del gradient
+                    p.grad = torch.zeros_like(p)
+                    watch.see(p.grad, "gradients")
             watch.phase = "optimizer"
             if max_grad_norm and not gradient_release:
                 nn.utils.clip_grad_norm_(trainable, max_grad_norm)
             optimizer.step()
         for hook in hooks:
             hook.remove()
-        weights, states = watch.now["weights"], watch.now["optimizer_states"]
-        at_peak = dict(watch.at_peak)
-        at_peak["working set"] = at_peak.get("working set", 0)
-        if gpus > 1:
-            at_peak["whole units"] = _whole_units(model, units)
-        at_peak["workspace"] = WORKSPACE
-        at_peak["batch"] = distinct_bytes(batch_tensors)
-    return StepEstimate(
-        weights,
-        most_gradients,
-        states,
-        activations,
-        watch.most_logits,
-        sum(at_peak.values()),
-        watch.peak_phase,
-        at_peak,
-    )
+        held = {"weights": watch.now["weights"], "optimizer_states": watch.now["optimizer_states"]}
+        held["gradients"] = most_gradients
+        beside = {"workspace": WORKSPACE, "batch": distinct_bytes(batch_tensors)}
+        found = {}
+        for n in gpus:
+            at_peak, phase = watch.peak(n)
+            at_peak = {"working set": 0} | at_peak | beside
+            if n > 1:
+                at_peak["whole units"] = _whole_units(model, units, gather)
+            found[n] = StepEstimate(
+                **_share(held, n),
+                activations=activations,
+                logits=watch.most_logits,
+                peak=sum(at_peak.values()),
+                phase=phase,
+                at_peak=at_peak,
+            )
+    return found
 
 
 def _loss(model: nn.Module, batch: Mapping[str, object]) -> torch.Tensor:
@@ -246,11 +271,18 @@ def _states(optimizer: Optimizer) -> list[torch.Tensor]:
     return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
 
 
-def _whole_units(model: nn.Module, units: tuple[str, ...]) -> int:
+def _whole_units(model: nn.Module, units: tuple[str, ...], gather: torch.dtype | None) -> int:
     """What a GPU holds unsharded: two units' weights and one unit's gradients; the root is a unit of its own."""
+
+    def size(params: list[nn.Parameter]) -> int:
+        if gather is None:
+            return distinct_bytes(params)
+        wide = distinct_bytes([p for p in params if p.dtype == torch.float32])
+        return distinct_bytes(params) - wide + wide * gather.itemsize // 4
+
     wrapped = [module for module in model.modules() if type(module).__name__ in units]
     inside = {id(p) for module in wrapped for p in module.parameters()}
     groups = [list(module.parameters()) for module in wrapped]
     groups.append([p for p in model.parameters() if id(p) not in inside])
-    weights = sorted((distinct_bytes(group) for group in groups), reverse=True)
-    return sum(weights[:2]) + max(distinct_bytes([p for p in group if p.requires_grad]) for group in groups)
+    weights = sorted((size(group) for group in groups), reverse=True)
+    return sum(weights[:2]) + max(size([p for p in group if p.requires_grad]) for group in groups)

@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from .card import run_section
 from .report import NAMES
 
 Records = Mapping[str, Mapping[str, Any]]  # by the name of a run
-MOST_POINTS = 1000  # of a curve: more than there are pixels
+LONG = 40  # logged losses from which on a run's second half is drawn by itself
+MOST_POINTS = 300  # of a curve: with more of them the last curve hides the others
 COLOURS = ("#1f77b4", "#d95f02", "#4d9221", "#762a83")
 MEMORY = ("weights", "gradients", "optimizer_states")
 FITS, TOO_MUCH = 0.02, 0.08  # errors at the ends of the colours: 0.026 is what rounding costs where the scales fit
@@ -78,19 +80,27 @@ def _line(axes, steps: list[float], values: list[float], **how) -> None:
 
 
 def _loss(records: Records):
-    figure, axes = _figure()
-    drawn = False
+    """All steps; of a long run beside them the second half, where runs that differ little can be told apart."""
+    curves = []
     for (name, record), colour in zip(records.items(), COLOURS, strict=False):
-        for key, style in (("loss", "-"), ("eval_loss", "--")):
+        for key, style, what in (("loss", "-", "training"), ("eval_loss", "--", "evaluation")):
             steps, values = curve(record["log"], key)
             if steps:
-                what = "training" if key == "loss" else "evaluation"
-                _line(axes, steps, values, color=colour, linestyle=style, label=f"{name}, {what}")
-                drawn = True
-    if not drawn:
+                curves.append(
+                    (steps, values, {"color": colour, "linestyle": style, "label": f"{_wrapped(name, 30)}, {what}"})
+                )
+    if not curves:
         return None
-    _finish(axes, "Loss", "optimizer step", "loss (nats per token)")
-    _whole_steps(axes)
+    middle = max(steps[-1] for steps, _, _ in curves) / 2
+    figure, all_axes = _figure(columns=1 + (max(len(steps) for steps, _, _ in curves) >= LONG))
+    for axes, since in zip(all_axes, (0, middle), strict=False):
+        for steps, values, how in curves:
+            points = [(step, value) for step, value in zip(steps, values, strict=True) if step >= since]
+            if points:
+                _line(axes, *zip(*points, strict=True), **how)
+        title = "Loss" if since == 0 else "Its second half"
+        _finish(axes, title, "optimizer step", "loss (nats per token)", legend=since == 0)
+        _whole_steps(axes, most=8 // len(all_axes))
     return figure
 
 
@@ -106,7 +116,7 @@ def _throughput(records: Records):
             drawn = True
     if not drawn:
         return None
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])  # room for the names
     axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:,.0f}")
     _finish(axes, "Throughput, of all GPUs together", "optimizer step", "tokens per second")
     _whole_steps(axes)
@@ -120,17 +130,24 @@ def _rounding(records: Records):
         return None
     rows = max(len(found["errors"]) for found in measured.values())
     figure, all_axes = _figure(min(2.0 + 0.18 * rows, 9), columns=len(measured))
+    before = None
     for axes, (name, found) in zip(all_axes, measured.items(), strict=True):
         steps, labels = found["steps"], list(found["errors"])
         values = [[float("nan") if e is None else e for e in row] for row in found["errors"].values()]
         mesh = axes.pcolormesh(
             _edges(steps), range(len(labels) + 1), values, cmap="viridis", vmin=FITS, vmax=TOO_MUCH, rasterized=True
         )
+        kinds = [label.split(" ")[0] for label in labels]
+        for i in range(1, len(kinds)):
+            if kinds[i] != kinds[i - 1]:
+                axes.axhline(i, color="white", linewidth=2)
         every = -(-len(labels) // 40)
-        axes.set_yticks([i + 0.5 for i in range(0, len(labels), every)], labels[::every], fontsize=7)
+        shown = [""] * len(labels) if labels == before else labels  # beside the same rows, their names once
+        axes.set_yticks([i + 0.5 for i in range(0, len(labels), every)], shown[::every], fontsize=8)
+        before = labels
         axes.set_facecolor("#dddddd")  # not measured, or not a number
         axes.invert_yaxis()
-        _finish(axes, name, "optimizer step", "", legend=False)
+        _finish(axes, _wrapped(name, 64 // len(measured)), "optimizer step", "", legend=False)
         _whole_steps(axes, most=8 // len(measured))
         axes.grid(visible=False)
     figure.colorbar(mesh, ax=list(all_axes), label="relative error", extend="both", format="%.2f")
@@ -167,11 +184,15 @@ def _memory(records: Records):
             shown.add("peak")
     if not shown:
         return None
-    axes.set_yticks(range(len(records)), list(records))
+    axes.set_yticks(range(len(records)), [_wrapped(name, 20) for name in records])
     axes.invert_yaxis()
     _finish(axes, "Memory, measured", unit, "", legend=False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _wrapped(name: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(name, width))
 
 
 def _largest(records: Records) -> int:

@@ -56,7 +56,7 @@ class CoatCallback(TrainerCallback):
     Into Trainer's own log, and so to whatever shows that, go the live figures of :mod:`hf_coat.live`, their names
     beginning with ``coat/``: the tokens of all processes a second and the ``mfu``, and of this process the GiB of
     ``weights``, ``gradients``, ``optimizer_states`` and of the CUDA allocator's ``peak``; and every now and then (at
-    least 20 steps lie between, and it is one forward of the step) what rounding to FP8 costs, by kind.
+    least 50 steps lie between, and it is one forward of the step) what rounding to FP8 costs, by kind.
 
     Every Trainer has one that follows ``args.coat``. Give one explicitly only with arguments that have no ``coat``,
     and then name the optimizer too: ``optimizer_cls_and_kwargs=(CoatAdamW, {"lr": 1e-5})``.
@@ -136,7 +136,6 @@ class CoatCallback(TrainerCallback):
             logger.warning(f"COAT: {self.report.summary()}")
         self._check_optimizer(bare(optimizer), state.global_step)
         self._release_gradients(args, bare(optimizer))
-        self._expect_speedup(args, model, state.is_world_process_zero)
         if state.global_step > 0:
             if then is not None:
                 self._compare(file, then)
@@ -145,6 +144,7 @@ class CoatCallback(TrainerCallback):
             self._history = RoundingHistory(**(before.get("rounding") or {}))
         if self.coat.live:
             self._speed = _speed(args, state, model)
+        self._look_at_first_batch(args, model, state.is_world_process_zero)
 
     def _check_optimizer(self, optimizer: Optimizer, resumed_at: int) -> None:
         if self.coat.optimizer is None:
@@ -169,23 +169,32 @@ class CoatCallback(TrainerCallback):
             if isinstance(optimizer, CoatOptimizer):
                 self._release = GradientRelease(optimizer, max_norm=args.max_grad_norm or math.inf)
 
-    def _expect_speedup(self, args, model: nn.Module, told: bool) -> None:
-        """When the first batch comes, note what FP8 gains at its size, and warn if that is nothing."""
+    def _look_at_first_batch(self, args, model: nn.Module, told: bool) -> None:
+        """When the first batch comes, keep it for the estimate at the end; note what FP8 gains at its size, and warn
+        if that is nothing."""
         if self._first_batch is not None:  # auto_find_batch_size begins a second time
             self._first_batch.remove()
-        gpu = hardware(args.device, args.world_size)["device"]
-        of_measured = gpu == measured().gpu and not args.torch_compile and not is_adapted(model)
-        if self.report is None or not of_measured:
+        self._batch, gpu = None, hardware(args.device, args.world_size)["device"]
+        kept = self._speed is not None and args.world_size == 1
+        of_measured = self.report is not None and gpu == measured().gpu and not is_adapted(model)
+        if args.torch_compile or not (kept or of_measured):
             return
 
         def look(model: nn.Module, positional: tuple, inputs: dict[str, Any]) -> None:
+            if not model.training:  # eval_on_start
+                return
             self._first_batch.remove()
             ids = inputs.get("input_ids")
-            found = None if ids is None else speedup(hidden_size(getattr(model, "config", None)), ids.numel(), gpu)
-            if found is not None:
-                self.record["speedup"] = found
-                if told and found["factor"] < 1:
-                    logger.warning(f"COAT: {in_words(found)}")
+            if of_measured and ids is not None:
+                found = speedup(hidden_size(getattr(model, "config", None)), ids.numel(), gpu)
+                if found is not None:
+                    self.record["speedup"] = found
+                    if told and found["factor"] < 1:
+                        logger.warning(f"COAT: {in_words(found)}")
+            if kept:  # of floats the shapes, of integers the values, which models look into
+                there = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+                copies = {k: v.detach().to("meta" if v.is_floating_point() else "cpu") for k, v in there.items()}
+                self._batch = inputs | copies
 
         self._first_batch = model.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -211,25 +220,11 @@ class CoatCallback(TrainerCallback):
         if self._speed is not None and converted and _is_measured(args, state, self._epoch_begins):
             self._rounding = Rounding(model).__enter__()
         self._epoch_begins = False
-        if self._speed is not None and self._batch is None and args.world_size == 1 and not args.torch_compile:
-            self._remember_batch(model)
         if self.probe is not None:  # of a step that was given up
             self.probe.__exit__()
             self.probe = None
         if converted and self.report.regions and state.global_step < self.coat.model.probe_steps:
             self.probe = Probe(model, self.coat.model).__enter__()
-
-    def _remember_batch(self, model: nn.Module) -> None:
-        """Keep what the next forward gets: of floats the shapes, of integers the values, which models look into."""
-
-        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            handle.remove()
-            tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-            there = {name: "meta" if value.is_floating_point() else "cpu" for name, value in tensors.items()}
-            self._batch = kwargs | {name: value.detach().to(there[name]) for name, value in tensors.items()}
-
-        self._batch = {}
-        handle = model.register_forward_pre_hook(see, with_kwargs=True)
 
     def _end_rounding(self) -> None:
         if self._rounding is not None:

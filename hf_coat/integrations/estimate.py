@@ -5,7 +5,7 @@ there, and :func:`hf_coat.peak.estimate_step` runs a step of it.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,8 @@ class Training:
         gpus: Over how many GPUs FSDP2 shards it.
         lora: Rank of LoRA adapters on all linears; None trains in full.
         images: Images in each sequence of a vision-language model.
-        dtype: Of the parameters, ``"bfloat16"`` or ``"float32"``.
+        dtype: Of the parameters, ``"bfloat16"`` or ``"float32"``; by default a model in BF16, whose trained parameters
+            become FP32 under FSDP2: accelerate does that where Trainer has ``bf16=True``.
         checkpointing: Whether with gradient checkpointing.
         accumulate: Whether gradients are accumulated over several forwards.
         revision, token: As in ``from_pretrained``.
@@ -47,7 +48,7 @@ class Training:
     gpus: int = 1
     lora: int | None = None
     images: int = 1
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     checkpointing: bool = False
     accumulate: bool = False
     revision: str | None = None
@@ -58,6 +59,15 @@ def estimate(training: Training) -> StepEstimate:
     """Predict the memory of a step of this training with the stock Trainer and ``bf16=True``.
 
     Raises:
+        As :func:`estimates`.
+    """
+    return estimates(training, (training.gpus,))[training.gpus]
+
+
+def estimates(training: Training, gpus: Iterable[int]) -> dict[int, StepEstimate]:
+    """The same for several numbers of GPUs at once, whatever ``training`` says of them.
+
+    Raises:
         OSError: Where there is no such config; transformers' own message.
         RuntimeError, ValueError: As :func:`hf_coat.peak.estimate_step`; or for a kind of images that is not known, or
             gradients that are both accumulated and released.
@@ -66,17 +76,29 @@ def estimate(training: Training) -> StepEstimate:
     release = coat is not None and coat.optimizer is not None and coat.optimizer.gradient_release
     if release:
         check_release(coat, 1 + training.accumulate)
-    model, make_optimizer = ghost(training)
-    return estimate_step(
-        model,
-        batch_of(model, training),
-        make_optimizer,
-        gpus=training.gpus,
-        units=tuple(getattr(model, "_no_split_modules", None) or ()),
-        autocast=torch.bfloat16,
-        accumulate=training.accumulate,
-        gradient_release=release,
-    )
+    found = {}
+    gpus = sorted(gpus)
+    # FSDP2 gathers FP32 weights as BF16; one GPU has them as they are, under autocast. Released gradients: as one GPU.
+    sharded = [count for count in gpus if count > 1]
+    for counts, gather in (([1] * (1 in gpus), None), (sharded, None if release else torch.bfloat16)):
+        if not counts:
+            continue
+        model, make_optimizer = ghost(training)
+        if counts is sharded and training.dtype is None:
+            for p in model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
+        found |= estimate_step(
+            model,
+            batch_of(model, training),
+            make_optimizer,
+            gpus=counts,
+            units=tuple(getattr(model, "_no_split_modules", None) or ()),
+            gather=gather,
+            autocast=torch.bfloat16,
+            accumulate=training.accumulate,
+            gradient_release=release,
+        )
+    return found
 
 
 def speedup(training: Training) -> dict[str, int | float | str] | None:
@@ -88,28 +110,30 @@ def speedup(training: Training) -> dict[str, int | float | str] | None:
     return measured_speedup(hidden_size(_config(training)), training.batch * training.length, measured().gpu)
 
 
-def largest_batch(training: Training, card: int, known: dict[int, StepEstimate]) -> int:
+def largest_batch(
+    training: Training, card: int, known: dict[int, dict[int, StepEstimate]], gpus: Sequence[int] = ()
+) -> int:
     """The most sequences on a GPU that a card of :data:`hf_coat.peak.CARDS` holds; 0 where it holds not even one.
 
     The peak grows with the batch along pieces of straight lines, so two estimates say about where to look.
 
     Args:
-        known: Estimates by batch that were made before; those that are made here are added.
+        known: By batch what :func:`estimates` said of it before; what is asked for here is added.
+        gpus: Numbers of GPUs that will be asked about too, and are estimated together with this one.
     """
     low, high, guess = 0, None, training.batch
     while high is None or high - low > 1:
         if guess not in known:
-            known[guess] = estimate(replace(training, batch=guess))
-        if known[guess].fits(card):
-            low = guess
-        else:
-            high = guess
-        if len(known) < 2:
+            known[guess] = estimates(replace(training, batch=guess), {training.gpus, *gpus})
+        steps = {batch: found[training.gpus] for batch, found in sorted(known.items())}
+        fitting = [batch for batch, step in steps.items() if step.fits(card)]
+        low, high = max(fitting, default=0), min(steps.keys() - fitting, default=None)
+        if len(steps) < 2:
             guess = 2 * low if low else max(1, high // 2)
             continue
-        (a, first), (b, last) = sorted(known.items())[:: len(known) - 1]
-        slope = (last.needed() - first.needed()) / (b - a)
-        reach = b + (CARDS[card] * 2**30 - last.needed()) / slope if slope > 0 else 2 * b
+        a, b = min(steps), max(steps)
+        slope = (steps[b].needed() - steps[a].needed()) / (b - a)
+        reach = b + (CARDS[card] * 2**30 - steps[b].needed()) / slope if slope > 0 else 2 * b
         # between what is known to fit and what is known not to; if both sides of the guess are, it is proven
         guess = min(max(int(reach), low + 1), 2 * max(low, b) if high is None else high - 1)
         guess = max(guess, 1)
@@ -128,7 +152,7 @@ def ghost(training: Training):
     vision = type(config) in AutoModelForImageTextToText._model_mapping
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=DTYPES[training.dtype])
+        model = kind.from_config(config, dtype=DTYPES[training.dtype or "bfloat16"])
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False  # as Trainer sets it
     if training.checkpointing:

@@ -11,6 +11,7 @@ from hf_coat import CoatConfig, HfCoatConfig, TrainingArguments, apply_coat
 from hf_coat.functional import Watcher, WeightCache, coat_linear, coat_norm
 from hf_coat.live import EVERY, MEASURES, MOST_SAMPLES, Rounding, RoundingHistory, Speed, peak_flops
 from hf_coat.memory import predict
+from hf_coat.record import read_run
 from hf_coat.report import format_bytes
 
 ROUNDING = 0.026  # of values that lie within the normal numbers of E4M3
@@ -112,6 +113,23 @@ def test_the_table_at_the_end(run, tools, heard, changes):
     assert "only 'measured' was run" in said
 
 
+@pytest.mark.gpu
+def test_the_table_at_the_end_of_a_run_on_a_gpu(run, heard, tmp_path):
+    """What stands under 'measured' is the allocator's word; the BF16 run beside it was only predicted."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trained, shown = run(bf16=True, save_strategy="steps", save_steps=2)
+    (said,) = [line for line in heard.lines if "Memory of one training step" in line]
+    rows = {line.split("  ")[0].strip(): line for line in said.splitlines()}
+    memory = read_run(tmp_path / "run")["memory"]
+    held = memory["weights"] + memory["optimizer_states"] + memory["gradients"]
+    assert held < memory["peak"] <= torch.cuda.max_memory_allocated()
+    assert rows["peak on the device"].split()[-3:] == [*format_bytes(memory["peak"]).split(), "-"]
+    assert rows["saved activations"].split()[-2] == "-" and "only 'measured' was run" in said
+    assert 0 < shown[2]["coat/peak_gib"] <= memory["peak"] / 2**30
+    assert ("coat/mfu" in shown[2]) == (peak_flops(torch.cuda.get_device_name()) is not None)
+
+
 def test_an_estimate_that_fails_does_not_end_the_training(run, heard, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("a model that looks into its values")
@@ -121,8 +139,10 @@ def test_an_estimate_that_fails_does_not_end_the_training(run, heard, monkeypatc
 
 
 def test_steps_that_are_measured(run):
-    _, shown = run(max_steps=2 * EVERY, logging_steps=15)
-    assert {step: "coat/norm_error" in log for step, log in shown.items()} == {15: False, 30: True}
+    logged, fewest = 15, 15 * -(-EVERY // 15)
+    _, shown = run(max_steps=fewest + logged, logging_steps=logged)
+    assert len(shown) == fewest // logged + 1
+    assert [step for step, log in shown.items() if "coat/norm_error" in log] == [fewest]
     _, shown = run(max_steps=4, logging_strategy="epoch", num_train_epochs=2)
     assert all("coat/norm_error" in log for log in shown.values())
 
