@@ -8,6 +8,7 @@ Results go to FOLDER/SCENARIO-WORLD_SIZE-RANK.pt. A global batch has the same sa
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer
+from transformers import trainer as hf_trainer
 
 import hf_coat
 
@@ -183,7 +185,26 @@ def scenarios(folder, rank, world_size, device):
         source = folder / f"full-{kind}-2" / f"checkpoint-{first}"
         return run(full(), dataset(last), args, resume_from_checkpoint=str(source))[1]
 
+    def killed():
+        """The second process is killed while the last checkpoint is saved."""
+        save = hf_trainer.save_fsdp_optimizer
+
+        def save_or_die(plugin, accelerator, optimizer, model, output_dir, **kwargs):
+            if rank == 1 and output_dir.endswith(f"checkpoint-{last}"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return save(plugin, accelerator, optimizer, model, output_dir, **kwargs)
+
+        hf_trainer.save_fsdp_optimizer = save_or_die
+        return trained(full, dataset, "sharded", folder / "killed", world_size, device, **SAVES, save_steps=first)
+
+    def recovered():
+        """What is started again in its folder."""
+        args = arguments(folder / "killed" / "full-sharded-2", world_size, device, "SHARDED_STATE_DICT")
+        return run(full(), dataset(last), args, resume_from_checkpoint=True)[1]
+
     return {
+        "killed": killed,
+        "recovered": recovered,
         "full_ddp": lambda: saving(full, "ddp"),
         "full_sharded": lambda: saving(full, "sharded"),
         "full_whole": lambda: saving(full, "whole"),
