@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import merge_fsdp_weights
 
 WORKER = Path(__file__).with_name("trainer_processes.py")
 IN_ONE = ["full_ddp", "bf16_ddp", "lora_ddp", "vlm_ddp", "resumed_sharded", "resumed_whole"]
@@ -156,15 +157,17 @@ def test_what_is_saved_loads_without_hf_coat(result, folder):
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "print(sum(p.double().sum() for p in model.parameters()).item(), model.dtype)\n"
     )
+    merge_fsdp_weights(folder / "full-sharded-2" / "checkpoint-4" / "pytorch_model_fsdp_0", folder / "merged")
+    (folder / "merged" / "config.json").write_bytes((folder / "full-whole-2" / "config.json").read_bytes())
     said = []
-    for name in ("full-whole-2", "full-whole-2/checkpoint-4", "full-ddp-2"):
+    for name in ("full-whole-2", "full-whole-2/checkpoint-4", "merged"):
         block = "import sys\nsys.modules['hf_coat'] = None\n"
         done = subprocess.run(
             [sys.executable, "-c", block + code, str(folder / name)], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
-    assert said[0] == said[1] and "float32" in said[0]
+    assert said[0] == said[1] == said[2] and "float32" in said[0]
 
 
 @pytest.mark.gpu

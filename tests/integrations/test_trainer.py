@@ -514,7 +514,7 @@ def test_resuming_with_another_recipe_is_warned_about(make, tools, tmp_path, kil
         ({"fp16_full_eval": True}, {}, ["fp16_full_eval", "bf16=True"]),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision='fp16'", "bf16=True"]),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision='fp8'", "'bf16'", "ACCELERATE_MIXED_PRECISION"]),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, ["DeepSpeed", "deepspeed="]),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, ["DeepSpeed", "deepspeed=", "FSDP2"]),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, ["FSDP1", "fsdp_config={'version': 2}"]),
     ],
 )
