@@ -36,6 +36,7 @@ DEFAULTS = {
     "warmup_steps": 10,
     "logging_steps": 10,
     "save_strategy": "no",
+    "eval_on_start": True,
     "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": "none",
 }
@@ -106,7 +107,7 @@ def tokenize(text: Dataset, tokenizer, block_size: int) -> Dataset:
 class Run(NamedTuple):
     perplexity: tuple[float, float]  # on held-out text, before and after
     log: list[dict]
-    memory: memory.MemoryBreakdown
+    memory: memory.MemoryBreakdown | None  # of several processes none has the whole model
 
 
 def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> tuple[Trainer, Run]:
@@ -124,16 +125,20 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
         data_collator=transformers.default_data_collator,
         **METRIC,
     )
-    if args.coat is not None and args.coat.model is not None:  # COAT: already applied; asking again tells what it did
-        print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n")
-    before = trainer.evaluate()["eval_perplexity"]
-    print(f"perplexity on held-out text, before: {before:.1f}", flush=True)
+    tells = trainer.is_world_process_zero()
+    if tells and args.coat is not None and args.coat.model is not None:  # COAT: applied; asking again tells how
+        print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n", flush=True)
     trainer.train()
+    before = trainer.state.log_history[0]["eval_perplexity"]
     after = trainer.evaluate()["eval_perplexity"]
-    print(f"perplexity on held-out text, after: {after:.2f}", end="\n\n", flush=True)
+    if tells:
+        print(f"perplexity on held-out text, before: {before:.1f}")
+        print(f"perplexity on held-out text, after: {after:.2f}", end="\n\n", flush=True)
     trainer.save_model()
-    batch = next(iter(trainer.get_train_dataloader()))
-    return trainer, Run((before, after), trainer.state.log_history, memory.measure(model, batch, trainer.optimizer))
+    measured = None
+    if args.world_size == 1:
+        measured = memory.measure(model, next(iter(trainer.get_train_dataloader())), trainer.optimizer)
+    return trainer, Run((before, after), trainer.state.log_history, measured)
 
 
 def plain_perplexity(trainer: Trainer, checkpoint: str | None = None) -> float:
@@ -182,7 +187,8 @@ def main():
         _, bf16 = train(script_args, plain)
         print("=== COAT: the same model, data and seed", flush=True)
     trainer, coat = train(script_args, args)
-    summarize(trainer, coat, bf16)
+    if args.world_size == 1:
+        summarize(trainer, coat, bf16)
 
 
 if __name__ == "__main__":

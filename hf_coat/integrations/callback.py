@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import trainer as hf_trainer
 from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from ..card import TAGS
@@ -34,9 +34,6 @@ from .checks import check_model, check_release, check_run, loaded_with
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
 # as a warning: transformers shows nothing less by default, and what was not converted must not go unseen.
 logger = logging.get_logger("transformers.coat")
-
-# What a resumed training needs beside the weights, in the order in which Trainer writes it.
-RESUME_FILES = (hf_trainer.OPTIMIZER_NAME, hf_trainer.SCHEDULER_NAME, hf_trainer.TRAINER_STATE_NAME)
 
 
 def convert_model(model: nn.Module, coat: HfCoatConfig) -> ConversionReport | None:
@@ -109,13 +106,6 @@ class CoatCallback(TrainerCallback):
         self._convert(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(list(TAGS))
-        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        missing = [] if last is None else [name for name in RESUME_FILES if name not in os.listdir(last)]
-        if RESUME_FILES[-1] in missing:  # the last that is written; save_only_model leaves out others
-            logger.warning(
-                f"the checkpoint {last} was not written to its end, it lacks {', '.join(missing)}: training cannot be "
-                "resumed from it. Delete it, or name an older one in resume_from_checkpoint"
-            )
 
     def _convert(self, model: nn.Module) -> None:
         self.report = convert_model(model, self.coat)
@@ -157,8 +147,8 @@ class CoatCallback(TrainerCallback):
         elif resumed_at > 0 and not optimizer.state:
             raise ValueError(
                 f"training was to be resumed at step {resumed_at}, but no optimizer states were loaded: the "
-                f"checkpoint lacks {' or '.join(RESUME_FILES[:2])}, because it was not written to its end, or with "
-                "save_only_model=True. Resume from another one, or start a new run from its weights"
+                f"checkpoint lacks {hf_trainer.OPTIMIZER_NAME} or {hf_trainer.SCHEDULER_NAME}, because it was saved "
+                "with save_only_model=True. Resume from another one, or start a new run from its weights"
             )
 
     def _release_gradients(self, args, optimizer: Optimizer) -> None:

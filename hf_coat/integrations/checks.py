@@ -70,8 +70,9 @@ def check_run(*, mixed_precision: str = "no", deepspeed: bool = False, fsdp_vers
         )
     if deepspeed:
         raise ValueError(
-            "COAT does not work under DeepSpeed, which cuts parameters into flat pieces across the rows that share "
-            "their scales: drop deepspeed=, or the DeepSpeed part of the accelerate configuration"
+            "COAT does not work under DeepSpeed, whose ZeRO hands the optimizer one flat FP32 piece of all parameters "
+            "instead of the rows that share their scales: drop deepspeed=, or the DeepSpeed part of the accelerate "
+            "configuration, and shard with FSDP2, fsdp=True with fsdp_config={'version': 2}"
         )
     if fsdp_version == 1:
         raise ValueError(

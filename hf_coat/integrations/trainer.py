@@ -19,6 +19,7 @@ from transformers import trainer_optimizer
 from ..config import HfCoatConfig, OptimizerName
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
+from .checkpoints import resume_from_whole
 from .checks import check_release, check_run
 from .model_card import keep_section
 
@@ -149,3 +150,4 @@ trainer_optimizer._OPTIMIZER_HANDLERS[COAT_ADAMW] = _make_coat_adamw
 if not any(callback.__name__ == FollowsArguments.__name__ for callback in hf_trainer.DEFAULT_CALLBACKS):
     hf_trainer.DEFAULT_CALLBACKS.append(FollowsArguments)
 keep_section(hf_trainer.Trainer)
+resume_from_whole(hf_trainer.Trainer)

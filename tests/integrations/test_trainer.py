@@ -426,13 +426,14 @@ def truncate(path):
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda c: truncate(c / "model.safetensors"), Exception, "header|incomplete|file"),
-        (lambda c: (c / "trainer_state.json").unlink(), FileNotFoundError, "trainer_state.json"),
-        (lambda c: truncate(c / "optimizer.pt"), RuntimeError, "zip archive|central directory"),
+        (lambda c: truncate(c / "model.safetensors"), ValueError, "not written to its end, model.safetensors is cut"),
+        (lambda c: (c / "trainer_state.json").unlink(), ValueError, "it lacks trainer_state.json.*name an older one"),
+        (lambda c: truncate(c / "trainer_state.json"), ValueError, "trainer_state.json is cut off"),
+        (lambda c: truncate(c / "optimizer.pt"), ValueError, "optimizer.pt is cut off"),
         (lambda c: (c / "optimizer.pt").unlink(), ValueError, "step 2.*no optimizer states.*lacks optimizer.pt"),
         (lambda c: (c / "scheduler.pt").unlink(), ValueError, "step 2.*no optimizer states.*or scheduler.pt"),
     ],
-    ids=["weights cut", "no trainer state", "optimizer cut", "no optimizer", "no scheduler"],
+    ids=["weights cut", "no trainer state", "trainer state cut", "optimizer cut", "no optimizer", "no scheduler"],
 )
 def test_a_half_written_checkpoint_is_refused_and_left_as_it_is(
     make, tools, tmp_path, killed_runs, damage, error, message
@@ -441,26 +442,35 @@ def test_a_half_written_checkpoint_is_refused_and_left_as_it_is(
     shutil.copytree(killed_runs["fp32"], folder)
     damage(folder / "checkpoint-2")
     before = listing(folder)
+    trained = make(model=tools.tiny_llama(seed=1), output_dir=folder, **RESUMABLE)
     with pytest.raises(error) as caught:
-        resumed(make, tools, folder)
+        trained.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert re.search(message, str(caught.value)), str(caught.value)
     assert listing(folder) == before
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_named_when_the_trainer_is_made(
-    make, tools, tmp_path, killed_runs, heard
-):
-    shutil.copytree(killed_runs["fp32"], tmp_path / "run")
-    last = tmp_path / "run" / "checkpoint-4"
-    shutil.copytree(tmp_path / "run" / "checkpoint-2", last)
-    make(**RESUMABLE)
-    assert not any(line.startswith("WARNING") for line in heard.lines)
-    for name in ("scheduler.pt", "trainer_state.json"):
-        (last / name).unlink()
-    trained = make(**RESUMABLE)
-    assert any(str(last) in line and "lacks scheduler.pt, trainer_state.json" in line for line in heard.lines)
-    trained.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert trained.state.global_step == 4
+def test_half_written_checkpoints_are_never_picked_up(make, tools, tmp_path, killed_runs, heard):
+    folder = tmp_path / "run"
+    shutil.copytree(killed_runs["fp32"], folder)
+    for step, lost in ((3, "trainer_state.json"), (10, "rng_state.pth")):
+        shutil.copytree(folder / "checkpoint-2", folder / f"checkpoint-{step}")
+        (folder / f"checkpoint-{step}" / lost).unlink()
+    (folder / "checkpoint-10" / "rng_state_0.pth").touch()  # of two processes
+    trained = make(model=tools.tiny_llama(seed=1), output_dir=folder, **RESUMABLE)
+    trained.train(resume_from_checkpoint=True)
+    assert trained.state.global_step == 4 and callback_of(trained).resumed_at == [2]
+    (said,) = (line for line in heard.lines if "is resumed from" in line)
+    assert f"{folder / 'checkpoint-2'};" in said and "checkpoint-10: it lacks rng_state_1.pth" in said
+    assert "checkpoint-3: it lacks trainer_state.json" in said
+
+
+def test_no_whole_checkpoint(make, tmp_path, killed_runs):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint in .* was written to its end.*lacks trainer_state.json"):
+        make(output_dir=tmp_path, **RESUMABLE).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2").rmdir()
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make(output_dir=tmp_path, **RESUMABLE).train(resume_from_checkpoint=True)
 
 
 def test_optimizer_states_that_do_not_fit_are_refused(make, tools, tmp_path, killed_runs):
@@ -504,7 +514,7 @@ def test_resuming_with_another_recipe_is_warned_about(make, tools, tmp_path, kil
         ({"fp16_full_eval": True}, {}, ["fp16_full_eval", "bf16=True"]),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["mixed_precision='fp16'", "bf16=True"]),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision='fp8'", "'bf16'", "ACCELERATE_MIXED_PRECISION"]),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, ["DeepSpeed", "deepspeed="]),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, ["DeepSpeed", "deepspeed=", "FSDP2"]),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, ["FSDP1", "fsdp_config={'version': 2}"]),
     ],
 )
