@@ -32,7 +32,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-gpu: $(SETUP)
-	$(PYTHON) -m pytest tests/ops tests/modules tests/optim tests/test_memory.py tests/integrations $(ARGS)
+	$(PYTHON) -m pytest tests/ops tests/modules tests/optim tests/test_memory.py tests/integrations tests/families tests/distributed $(ARGS)
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff check .

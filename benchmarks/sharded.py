@@ -148,6 +148,7 @@ PEERS = {
     "lean-ddp": Peer("lean", "ddp", "lean"),
     "bf16-fsdp2": Peer(None, "fsdp2", "bf16"),
     "lean-fsdp2": Peer("lean", "fsdp2", "lean"),
+    "lean-fsdp2-values": Peer({"model": {"fsdp_all_gather": "bf16"}}, "fsdp2", "lean"),  # gathered as BF16 has them
     "torchao-fsdp2": Peer(None, "fsdp2", run=torchao_fsdp2),
 }
 

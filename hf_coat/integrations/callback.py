@@ -29,7 +29,7 @@ from ..pays import hidden_size, in_words, measured, speedup
 from ..probe import Probe
 from ..record import RUN_NAME, about_model, hardware, read_run, run_record, write_run
 from ..report import format_bytes, memory_table
-from .checks import check_model, check_release, check_run, loaded_with
+from .checks import check_model, check_release, check_run, check_shards, loaded_with
 
 # A child of transformers' own logger, governed by Trainer's log_level and logging.set_verbosity. What COAT did is told
 # as a warning: transformers shows nothing less by default, and what was not converted must not go unseen.
@@ -104,6 +104,8 @@ class CoatCallback(TrainerCallback):
             fsdp_version=None if fsdp is None else fsdp.fsdp_version,
         )
         self._convert(model)
+        if fsdp is not None:
+            check_shards(model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags(list(TAGS))
 

@@ -5,10 +5,14 @@ Devices and dtypes are refused by :func:`hf_coat.convert.check_devices`, which e
 
 import dataclasses
 
+import torch
+from packaging.version import Version
 from torch import nn
 
 from ..config import CoatConfig, HfCoatConfig
-from ..modules import CoatLinear
+from ..modules import CoatFrozenLinear, CoatLinear
+
+SHARDS_BYTES = "2.13"  # the first torch whose FSDP2 was seen to shard frozen parameters of bytes; 2.11's cannot
 
 
 def loaded_with(model: nn.Module) -> object:
@@ -78,6 +82,21 @@ def check_run(*, mixed_precision: str = "no", deepspeed: bool = False, fsdp_vers
         raise ValueError(
             "COAT does not work under FSDP1, whose flat parameters lose the rows that share their scales: use FSDP2, "
             "with fsdp_config={'version': 2} or fsdp_version: 2 in the accelerate configuration"
+        )
+
+
+def check_shards(model: nn.Module) -> None:
+    """Refuse frozen weights stored as FP8 where FSDP2 cannot shard them.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    stored = any(isinstance(module, CoatFrozenLinear) for module in model.modules())
+    if stored and Version(torch.__version__).release < Version(SHARDS_BYTES).release:
+        raise ValueError(
+            f"frozen weights are stored as FP8, in bytes, and the FSDP2 of torch {torch.__version__} asks every "
+            f"parameter for a gradient: upgrade to torch {SHARDS_BYTES} or newer, keep them in BF16 with "
+            "CoatConfig(frozen_weights='bf16'), or train under DDP"
         )
 
 

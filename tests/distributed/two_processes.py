@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -35,6 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat, remove_coat
 from hf_coat.functional import GatheredWeight
+from hf_coat.integrations.checks import SHARDS_BYTES
 from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
 
 WIDTH = 300
@@ -198,6 +200,10 @@ def tokens(step, rank=0):
     return {"input_ids": ids, "labels": ids}
 
 
+# What FSDP2 of an older torch can shard: the same numbers, made from BF16 weights.
+OLD = None if Version(torch.__version__) >= Version(SHARDS_BYTES) else CoatConfig(frozen_weights="bf16")
+
+
 def llama(adapters=False, coat=None, **changes):
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, **changes}
@@ -205,7 +211,7 @@ def llama(adapters=False, coat=None, **changes):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if adapters:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    apply_coat(model, coat)
+    apply_coat(model, OLD if coat is None else coat)
     return model
 
 

@@ -193,7 +193,8 @@ def adapter_onto_converted(folder, tmp_path, tools):
 
 @pytest.mark.parametrize("make", [by_hand, converted_first, stock_trainer, trainer, adapter_onto_converted])
 def test_every_order_gives_the_same_model(make, folder, tmp_path, tools, calls):
-    model, expected = make(folder, tmp_path, tools), by_hand(folder, tmp_path, tools)
+    model = make(folder, tmp_path, tools)
+    expected = by_hand(folder, tmp_path, tools).to(model.device)
     assert stored(model) == fused(model) == 14
     grads, calls[:] = step(model), sorted(calls)
     assert calls == [1] * 4 + [2] * 2 + [3] * 2, "o and down; gate and up; q, k and v; of two layers"

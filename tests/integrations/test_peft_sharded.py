@@ -2,9 +2,11 @@
 
 import importlib.util
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,9 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_coat
+from hf_coat.integrations.checks import SHARDS_BYTES, check_shards
 from hf_coat.modules import CoatFrozenLinear
 
 RANKS = 2
+BYTES = Version(torch.__version__).release >= Version(SHARDS_BYTES).release  # whether FSDP2 shards them
 IDS = torch.arange(64).view(4, 16) * 3
 
 
@@ -53,16 +57,17 @@ def work(rank, folder, tools_path):
     model = build(tools)
     results = {"ddp": (steps(DistributedDataParallel(model), IDS[rank::RANKS]), model.state_dict())}
 
-    model, mesh = build(tools), init_device_mesh("cpu", (RANKS,))
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    bases = [m for m in model.modules() if isinstance(m, CoatFrozenLinear)]
-    assert len(bases) == 14 and all(isinstance(m.weight, DTensor) for m in bases)
-    assert all(m.weight.to_local().numel() * RANKS == m.weight.numel() for m in bases)
-    losses = steps(model, IDS[rank::RANKS])
-    assert all(m.weight.dtype == torch.uint8 for m in bases)
-    results["fsdp2"] = losses, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if BYTES:
+        model, mesh = build(tools), init_device_mesh("cpu", (RANKS,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        bases = [m for m in model.modules() if isinstance(m, CoatFrozenLinear)]
+        assert len(bases) == 14 and all(isinstance(m.weight, DTensor) for m in bases)
+        assert all(m.weight.to_local().numel() * RANKS == m.weight.numel() for m in bases)
+        losses = steps(model, IDS[rank::RANKS])
+        assert all(m.weight.dtype == torch.uint8 for m in bases)
+        results["fsdp2"] = losses, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
     for losses, _ in results.values():
         dist.all_reduce(losses)
@@ -84,3 +89,13 @@ def test_two_processes_train_as_one(tools, tmp_path):
                 assert torch.equal(state[name], value), (kind, name)
             elif "lora_" in name:
                 assert (state[name] - value).norm() <= 0.02 * value.norm(), (kind, name)
+
+
+def test_an_fsdp2_that_cannot_shard_bytes_is_refused(tools, monkeypatch):
+    model = build(tools)
+    monkeypatch.setattr(torch, "__version__", SHARDS_BYTES)
+    check_shards(model)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    check_shards(tools.tiny_llama())
+    with pytest.raises(ValueError, match=r"torch 2\.11\.0.*upgrade to torch 2\.13.*frozen_weights='bf16'"):
+        check_shards(model)

@@ -346,6 +346,7 @@ RESUMABLE = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 KILLED = """
 import os, runpy
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else to look for a GPU starts CUDA, which no fork survives
 tools = runpy.run_path(sys.argv[1])
 import hf_coat, torch
 from transformers import Trainer, TrainerCallback
