@@ -61,6 +61,21 @@ def test_lora(tmp_path):
     assert rows["lean"]["losses"] == pytest.approx(rows["bf16"]["losses"], rel=0.01)
 
 
+def test_losses_of_lora_on_real_text(tmp_path):
+    """Each peer sees the same text, from files; its losses are those of BF16 within what FP8 rounds."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(8):
+        (text / f"{i}.c").write_text("".join(f"int f{n}(int x) {{ return x * {n * i}; }}\n" for n in range(40)))
+    chosen = ["--peers", "bf16", "lean", "--text", str(text), "--learning-rate", "1e-3"]
+    rows = run(*chosen, "--plot", str(tmp_path / "losses.png"), folder=tmp_path, script="lora_losses.py")
+    lean, bf16 = rows["lean"], rows["bf16"]
+    assert len(lean["losses"]) == 10 and lean["held_out_after"] < lean["held_out_before"]
+    assert lean["losses"] == pytest.approx(bf16["losses"], rel=0.01)
+    assert json.loads((tmp_path / "result.json").read_text())["text"]["files"] == 8
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_failing_peer_is_recorded(tmp_path, benchmarks):
     script = tmp_path / "broken.py"
     script.write_text("raise ValueError('no such kernel')")
