@@ -197,3 +197,18 @@ def test_vision_language_models(case, peer, benchmarks, monkeypatch):
     options.peer = "text-only"
     with pytest.raises(benchmarks("peer_models").Unavailable, match="the same as lean"):
         benchmarks("vlm").run(options)
+
+
+def test_what_fsdp2_gathers(tmp_path):
+    result = tmp_path / "result.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--tiny", "--layers", "1", "--steps", "1", "--json", str(result)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, str(BENCHMARKS / "fsdp_gather.py"), *options], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["peer"].split()[0] for row in rows] == ["bf16", "fp8"] * 2
+    for values, codes in zip(rows[::2], rows[1::2], strict=True):  # four bytes for each row of 64 or 96 values
+        assert 0.5 < codes["gathered"] / values["gathered"] < 0.5 * (1 + 4 / 64) + 0.01

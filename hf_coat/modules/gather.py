@@ -134,6 +134,11 @@ def _has_gradients(param) -> bool:
     return param.unsharded_accumulated_grad is not None or (there is not None and there.grad is not None)
 
 
+def _processes(param) -> str:
+    """The name of the group of processes that share a weight."""
+    return param.mesh_info.shard_process_group.group_name
+
+
 def _groups(model: nn.Module) -> list:
     """FSDP2's groups of parameters that are gathered together."""
     groups = {}
@@ -236,28 +241,28 @@ class CodeGather:
             said = ", ".join(f"{n} x {why}" for why, n in reasons.most_common())
             logger.warning(f"COAT: FSDP2 gathers the values of {reasons.total()} converted weights, not codes: {said}")
 
-        # Rows are shared where the linears that are multiplied together are sharded together.
-        groups: dict[int, tuple[list, dict[nn.Module, int]]] = {}
-        sources = {}
+        self.gathered = [names[module] for module in found]
+        return self._shards(found)
+
+    def _shards(self, found: dict[nn.Module, tuple]) -> list:
+        """What answers for these weights, by group; their last rows are agreed on once for each group of processes."""
+        places = {}  # of a source among the rows that are agreed on together
+        params: dict[str, list] = {}
         for module, (_, param) in found.items():
             source = self.sources[module]
-            if source not in found or found[source][1].mesh_info.shard_process_group is not (
-                param.mesh_info.shard_process_group
-            ):
-                source = module
-            params, index = groups.setdefault(id(param.mesh_info.shard_process_group), ([], {}))
-            if source not in index:
-                index[source] = len(params)
-                params.append(found[source][1])
-            sources[module] = id(param.mesh_info.shard_process_group), index[source]
-        rows = {key: LastRows(params) for key, (params, _) in groups.items()}
+            if source not in found or _processes(found[source][1]) != _processes(param):
+                source = self.sources[module] = module  # it is not sharded as this one is
+            together = params.setdefault(_processes(param), [])
+            if source not in places:
+                places[source] = len(together)
+                together.append(found[source][1])
+        rows = {processes: LastRows(together) for processes, together in params.items()}
         self.rows = list(rows.values())
-        self.gathered = [names[module] for module in found]
-        waiting: dict[int, tuple[object, list[Shard]]] = {}
+        shards: dict[int, tuple] = {}
         for module, (group, param) in found.items():
-            key, index = sources[module]
-            waiting.setdefault(id(group), (group, []))[1].append(Shard(param, rows[key], index))
-        return list(waiting.values())
+            shard = Shard(param, rows[_processes(param)], places[self.sources[module]])
+            shards.setdefault(id(group), (group, []))[1].append(shard)
+        return list(shards.values())
 
     def _take(self) -> None:
         """Answer for the weights of the groups that are not gathered now."""
