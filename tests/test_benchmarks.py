@@ -165,3 +165,26 @@ def test_vision_language_models(case, benchmarks):
     assert row["tokens"] == sum(images) + 2 * 128
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3)
     assert 0 < row["trainable"] < row["parameters"]
+
+
+def test_what_fits(benchmarks, monkeypatch):
+    """More GPUs hold more, and the row's step is the one of the largest batch."""
+    fits = benchmarks("fits")
+    wide = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16)
+    monkeypatch.setitem(fits.SHAPES, "7b", wide)
+    rows = fits.largest("7b", "BF16 weights, BF16", [1, 8], 24)
+    assert rows[0]["largest_batch"] <= rows[1]["largest_batch"]
+    assert all(0.9 * 23.6 < row["step"]["peak"] / 2**30 + 1 < 23.6 for row in rows)
+    nothing = rows[0] | {"recipe": "paper", "largest_batch": 0}
+    cell = f"{rows[0]['largest_batch']} ({rows[0]['step']['peak'] / 2**30:.1f} GiB)"
+    assert fits.table([rows[0], nothing]).splitlines()[-1] == f"| 7B on 1 GPU | {cell} | - |"
+
+
+def test_estimates_in_a_table(benchmarks):
+    row = {"setting": "7b-lora-lean", "coat": "lean", "batch": 4, "length": 2048, "error": -0.0093}
+    row |= {"estimated": 23.28 * 2**30, "measured": 23.5 * 2**30}
+    check = benchmarks("estimate_check")
+    lines = check.table([row, {"setting": "llava-1b-bf16", "failed": "out of memory"}]).splitlines()
+    assert lines[2] == "| 7 B Llama, LoRA 16 | lean | 4 x 2048 | 23.28 GiB | 23.50 GiB | -0.9% |"
+    assert "CLIP tower" in lines[3] and "failed" in lines[3]
+    assert set(check.SETTINGS) >= {"1b-lean", "7b-paper", "7b-lora-lean", "llava-1b-lean"}
