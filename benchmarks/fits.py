@@ -1,17 +1,21 @@
 """What fits on cards of 80 GB by the estimate: the largest batch of 2,048 tokens on each of 1 to 8 GPUs, as in table 7
 of the COAT paper (arXiv 2410.19313, section 6.3).
 
-    python benchmarks/fits.py [--only 7b 13b 30b] [--gpus 1 2 4 8] [--card 80] [--json FILE] [--tiny]
+    python benchmarks/fits.py [--only 7b 13b 30b] [--gpus 1 2 4 8] [--card 80] [--json FILE]
     python benchmarks/fits.py --show FILE         the table of what was recorded
 
 Nothing is run and no GPU is needed: a row is what ``hf-coat estimate MODEL --gpus N --card 80`` says, FSDP2 sharding
-weights, gradients and states. With FP32 weights, computing in BF16, as the paper has them, and with BF16 weights;
-AdamW has two moments in the weights' dtype. The peaks are for the largest batch; a batch of 0 says that not one
-sequence fits, and its peak is what that would need.
+weights, gradients and states. With FP32 weights, computing in BF16, as the paper has them and accelerate makes them
+where it shards; and with BF16 weights (several GPUs: without ``bf16=True``). AdamW has two moments in the weights'
+dtype; what FSDP2 gathers is counted in BF16. The peaks are for the largest batch; a batch of 0 says that not one
+sequence fits, and its peak is what that would need. Takes half an hour of one core.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +28,6 @@ SHAPES = {
     "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
     "30b": dict(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52),
 }
-TINY = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
 RECIPES = {  # dtype of the weights and recipe, None for BF16
     "FP32 weights, BF16": ("float32", None),
     "FP32 weights, paper": ("float32", "paper"),
@@ -34,18 +37,20 @@ RECIPES = {  # dtype of the weights and recipe, None for BF16
 }
 
 
-def largest(config: LlamaConfig, recipe: str, counts: list[int], card: int) -> list[dict]:
-    """A row for each number of GPUs; each batch is estimated once for all of them."""
+def largest(name: str, recipe: str, counts: list[int], card: int) -> list[dict]:
+    """A row for each number of GPUs; each batch is estimated once for all that shard."""
     from hf_coat.integrations.estimate import Training, largest_batch
 
+    config = LlamaConfig(**SHAPES[name], vocab_size=32000, max_position_embeddings=LENGTH)
     dtype, coat = RECIPES[recipe]
-    known: dict[int, dict] = {}
     rows = []
-    for gpus in counts:
-        training = Training(config, 4, LENGTH, coat, gpus, dtype=dtype)
-        most = largest_batch(training, card, known, counts)
-        step = asdict(known[max(most, 1)][gpus])
-        rows.append({"recipe": recipe, "gpus": gpus, "largest_batch": most, "step": step})
+    for together in ([n for n in counts if n == 1], [n for n in counts if n > 1]):
+        known: dict[int, dict] = {}
+        for gpus in together:
+            training = Training(config, 4, LENGTH, coat, gpus, dtype=dtype)
+            most = largest_batch(training, card, known, together)
+            step = asdict(known[max(most, 1)][gpus])
+            rows.append({"model": name, "recipe": recipe, "gpus": gpus, "largest_batch": most, "step": step})
     return rows
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--card", type=int, choices=CARDS, default=80)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in each model's place")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, of one thread each")
     parser.add_argument("--json", type=Path, help="write the figures here, after each model and recipe")
     parser.add_argument("--show", type=Path, help="estimate nothing, write the table of this file")
     options = parser.parse_args()
@@ -79,12 +84,12 @@ def main() -> None:
         return
     about = {name: value for name, value in environment().items() if name not in ("gpu", "cuda", "triton")}
     about |= {"card": options.card, "length": LENGTH, "shapes": {name: SHAPES[name] for name in options.only}}
+    names = [(name, recipe) for name in options.only for recipe in RECIPES]
+    shared = [[value] * len(names) for value in (options.gpus, options.card)]
     rows: list[dict] = []
-    for name in options.only:
-        for recipe in RECIPES:
-            sizes = TINY if options.tiny else SHAPES[name]
-            config = LlamaConfig(**sizes, vocab_size=32000, max_position_embeddings=LENGTH)
-            rows += [{"model": name} | row for row in largest(config, recipe, options.gpus, options.card)]
+    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(largest, *zip(*names, strict=True), *shared):
+            rows += found
             if options.json:
                 options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     print(table(rows))

@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--lora", type=_positive, metavar="RANK", help="train LoRA adapters of this rank, not all weights"
     )
-    new.add_argument("--images", type=int, default=1, help="images in a sequence of a vision-language model (1)")
+    new.add_argument("--images", type=_count, default=1, help="images in a sequence of a vision-language model (1)")
     new.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
@@ -174,11 +174,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _positive(text: str) -> int:
+def _count(text: str, least: int = 0) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is not {least} or more")
     return value
+
+
+def _positive(text: str) -> int:
+    return _count(text, least=1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

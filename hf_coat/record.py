@@ -44,6 +44,12 @@ RUN_NAME = "coat_run.json"
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl")
 MAX_RUN_BYTES = 2**28
+REQUIRED = {  # what every record of version 1 has, and what that is in JSON
+    **dict.fromkeys(("coat", "model", "versions", "hardware", "throughput", "memory"), dict),
+    **dict.fromkeys(("steps", "skipped_groups"), int),
+    **dict.fromkeys(("resumed_at", "log"), list),
+    "conversion": (dict, type(None)),
+}
 
 
 def versions() -> dict[str, str | None]:
@@ -126,13 +132,18 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
-    if not isinstance(version, int) or "coat" not in record or not isinstance(record.get("log"), list):
+    if not isinstance(version, int):
         raise ValueError(f"{file} is no record of a run with COAT")
     if version > SCHEMA_VERSION:
         raise ValueError(
             f"{file} is a record of version {version}, this hf_coat {__version__} reads up to {SCHEMA_VERSION}: "
             "pip install --upgrade hf-coat"
         )
+    wrong = [key for key, kind in REQUIRED.items() if not isinstance(record.get(key), kind)]
+    if not wrong and not all(isinstance(entry, dict) for entry in record["log"]):
+        wrong = ["log"]
+    if wrong:
+        raise ValueError(f"{file} is no record of a run with COAT, or it is damaged: see its {', '.join(wrong)}")
     return record
 
 

@@ -212,3 +212,26 @@ def test_what_fsdp2_gathers(tmp_path):
     assert [row["peer"].split()[0] for row in rows] == ["bf16", "fp8"] * 2
     for values, codes in zip(rows[::2], rows[1::2], strict=True):  # four bytes for each row of 64 or 96 values
         assert 0.5 < codes["gathered"] / values["gathered"] < 0.5 * (1 + 4 / 64) + 0.01
+
+
+def test_what_fits(benchmarks, monkeypatch):
+    """More GPUs hold more, and the row's step is the one of the largest batch."""
+    fits = benchmarks("fits")
+    wide = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=16)
+    monkeypatch.setitem(fits.SHAPES, "7b", wide)
+    rows = fits.largest("7b", "BF16 weights, BF16", [1, 8], 24)
+    assert rows[0]["largest_batch"] <= rows[1]["largest_batch"]
+    assert all(0.9 * 23.6 < row["step"]["peak"] / 2**30 + 1 < 23.6 for row in rows)
+    nothing = rows[0] | {"recipe": "paper", "largest_batch": 0}
+    cell = f"{rows[0]['largest_batch']} ({rows[0]['step']['peak'] / 2**30:.1f} GiB)"
+    assert fits.table([rows[0], nothing]).splitlines()[-1] == f"| 7B on 1 GPU | {cell} | - |"
+
+
+def test_estimates_in_a_table(benchmarks):
+    row = {"setting": "7b-lora-lean", "coat": "lean", "batch": 4, "length": 2048, "error": -0.0093}
+    row |= {"estimated": 23.28 * 2**30, "measured": 23.5 * 2**30}
+    check = benchmarks("estimate_check")
+    lines = check.table([row, {"setting": "llava-1b-bf16", "failed": "out of memory"}]).splitlines()
+    assert lines[2] == "| 7 B Llama, LoRA 16 | lean | 4 x 2048 | 23.28 GiB | 23.50 GiB | -0.9% |"
+    assert "CLIP tower" in lines[3] and "failed" in lines[3]
+    assert set(check.SETTINGS) >= {"1b-lean", "7b-paper", "7b-lora-lean", "llava-1b-lean"}

@@ -73,6 +73,9 @@ def test_record_round_trip(tmp_path):
         ("[" * 100_000, "not valid JSON"),
         ("[]", "no record of a run"),
         ('{"schema_version": 99, "coat": {}, "log": []}', "version 99.*upgrade"),
+        ('{"schema_version": 1, "coat": {}, "log": []}', "its model, versions, hardware"),
+        (json.dumps(record(log=[{"step": 1}]) | {"log": [[1]]}), "its log$"),
+        (json.dumps(record()).replace('"steps": 3', '"steps": ' + "9" * 5000), "not valid JSON"),
     ],
 )
 def test_what_is_no_record(tmp_path, text, said):

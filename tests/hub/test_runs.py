@@ -78,3 +78,43 @@ def test_interrupted_resumed_and_loaded(hub):
     plain, coat = (hub.run(LOAD, how, home=how) for how in ("plain", "coat"))
     assert coat["linears"] == 14
     assert abs(coat["loss"] - plain["loss"]) < 0.05 * plain["loss"]  # three operands in E4M3, 1/16 off at most
+
+
+ESTIMATE = """
+import contextlib, io, os
+from hf_coat import cli
+for name, *arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["estimate", *arguments])
+    said[name] = [code, out.getvalue(), err.getvalue()]
+said["files"] = sorted(os.listdir("."))
+"""
+
+
+def test_estimate_of_a_model_on_the_hub(hub):
+    """Its config alone is fetched; what does not exist is an error without a traceback."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "vocab_size": 256}
+    repo = hub.new_repo("user/plain")
+    first = repo.commit({"config.json": json.dumps(config).encode(), "model.safetensors": b"weights"})
+    repo.commit({"config.json": b"[" * 10_000})
+    hub.new_repo("user/recipe").commit({"coat_config.json": b'{"optimizer": {"group_size": 64}}'})
+    small = ["--batch", "1", "--seq", "16"]
+    cases = [
+        ["fine", "user/plain", "--revision", first, *small, "--coat", "user/recipe", "--gpus", "4", "--lora", "4"],
+        ["hostile", "user/plain", *small],
+        ["no repository", "user/nowhere", *small],
+        ["no revision", "user/plain", "--revision", "v7", *small],
+        ["no recipe", "user/plain", "--revision", first, *small, "--coat", "user/nowhere"],
+    ]
+    said = hub.run(ESTIMATE, json.dumps(cases))
+    assert said.pop("files") == ["home"]
+    code, table, _ = said.pop("fine")
+    table = " ".join(table.split())  # the title is wrapped
+    assert code == 0 and "LoRA of rank 4" in table and "FSDP2 over 4 GPUs" in table and "recipe" in table
+    for name, (code, out, error) in said.items():
+        assert code == 1 and not out and error.startswith("hf-coat estimate: "), (name, out, error)
+    assert "user/nowhere" in said["no repository"][2] and "v7" in said["no revision"][2]
+    assert "no repository on the Hub" in said["no recipe"][2]
+    assert not any("safetensors" in request for request in hub.requests)
