@@ -60,6 +60,14 @@ def test_lora(tmp_path):
     assert rows["lean"]["losses"] == pytest.approx(rows["bf16"]["losses"], rel=0.01)
 
 
+def test_two_processes(tmp_path):
+    """FSDP2 gathers a layer's BF16 weights for its forward and again for its backward, embeddings and head once."""
+    row = run("--peers", "lean-fsdp2", folder=tmp_path, script="sharded.py")["lean-fsdp2"]
+    assert row.get("ms", 0) > 0, row
+    half = row["parameters"] * 2 / 2  # bytes
+    assert half < row["bytes_in_collectives"]["all_gather"] < 2 * half
+
+
 def test_a_failing_peer_is_recorded(tmp_path, benchmarks):
     script = tmp_path / "broken.py"
     script.write_text("raise ValueError('no such kernel')")
