@@ -76,6 +76,16 @@ def test_losses_of_lora_on_real_text(tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_two_processes(tmp_path):
+    """FSDP2 gathers a layer's weights for its forward and again for its backward, embeddings and head once."""
+    rows = run("--peers", "lean-fsdp2-values", "lean-fsdp2", folder=tmp_path, script="sharded.py")
+    for row in rows.values():
+        assert row.get("ms", 0) > 0, row
+    values, codes = (rows[name]["bytes_in_collectives"]["all_gather"] for name in ("lean-fsdp2-values", "lean-fsdp2"))
+    half = rows["lean-fsdp2"]["parameters"] * 2 / 2  # bytes of BF16
+    assert half < values < 2 * half and codes < values
+
+
 def test_a_failing_peer_is_recorded(tmp_path, benchmarks):
     script = tmp_path / "broken.py"
     script.write_text("raise ValueError('no such kernel')")

@@ -166,7 +166,8 @@ def scenarios(folder, rank, world_size, device):
     def accumulated(kind):
         size = BATCH // world_size // 2
         return trained(
-            full, dataset, kind, *at, per_device_train_batch_size=size, gradient_accumulation_steps=2
+            full, dataset, kind, folder / "accumulated", *at[1:], per_device_train_batch_size=size,
+            gradient_accumulation_steps=2,
         )  # fmt: skip
 
     def resumed(kind):
@@ -227,7 +228,8 @@ def scenarios(folder, rank, world_size, device):
         "accumulated_ddp": lambda: accumulated("ddp"),
         "accumulated_whole": lambda: accumulated("whole"),
         "options": lambda: trained(
-            full, dataset, "whole", *at, more={"activation_checkpointing": True, "cpu_ram_efficient_loading": True}
+            full, dataset, "whole", folder / "options", *at[1:],
+            more={"activation_checkpointing": True, "cpu_ram_efficient_loading": True},
         ),
         "resumed_sharded": lambda: resumed("sharded"),
         "resumed_whole": lambda: resumed("whole"),
