@@ -33,6 +33,8 @@ BATCH = 4  # of all processes
 IMAGE = 120  # the id of image tokens
 STEPS = {"cpu": (2, 3, 4), "cuda": (10, 15, 20)}  # where two processes save, where one saves, and the last
 
+LEARNING_RATE = {"cpu": 1e-2, "cuda": 1e-3}  # what a bit moves grows with the steps
+
 
 def dataset(steps):
     return tools.random_tokens(rows=BATCH * steps)
@@ -102,6 +104,7 @@ def arguments(output_dir, world_size, device, sharded=None, **changes):
         "max_steps": STEPS[device][-1],
         "per_device_train_batch_size": BATCH // world_size,
         "gradient_accumulation_steps": 1,
+        "learning_rate": LEARNING_RATE[device],
         "lr_scheduler_type": "constant",
         "use_cpu": device == "cpu",
         "ddp_find_unused_parameters": False,
