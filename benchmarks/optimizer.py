@@ -27,11 +27,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("bitsandbytes", "torchao")
 LR = 1e-5
 TUNED = {
-    "TILE": (256, 512, 1024, 2048),
+    "tile": (256, 512, 1024, 2048),
+    "stages": (1, 2, 3),
+    "halves": (False, True),
     "WARPS": (1, 2, 4),
     "TILES": (4, 16, 64),
-    "STAGES": (1, 2, 3),
-    "LEAST_HALVED": (16, 1 << 20),
 }
 VALUES_PER_THREAD = (8, 16)
 
@@ -138,12 +138,12 @@ def tune(options) -> list[dict]:
         optimizer = PEERS[name](params)
         for values in itertools.product(*TUNED.values()):
             setting = dict(zip(TUNED, values, strict=True))
-            if setting["TILE"] // (32 * setting["WARPS"]) not in VALUES_PER_THREAD:
+            if setting["tile"] // (32 * setting["WARPS"]) not in VALUES_PER_THREAD:
                 continue
-            if setting["TILES"] < setting["STAGES"]:
+            if setting["TILES"] < setting["stages"]:
                 continue
-            for key, value in setting.items():
-                setattr(states_triton, key, value)
+            states_triton.CUTS[optimizer.param_groups[0]["format"]] = states_triton.Cut(*values[:3])
+            states_triton.WARPS, states_triton.TILES = values[3:]
             ms, spread = time_ms(optimizer.step, options.iterations, warmup=2)
             rows.append({"peer": name, **setting, "ms_per_billion": ms * 1e9 / count, "spread_ms": spread})
         of_peer = sorted((row for row in rows if row["peer"] == name), key=lambda row: row["ms_per_billion"])

@@ -42,7 +42,7 @@ def twin(monkeypatch):
     module = pytest.importorskip("coat_kernels.adamw_triton", reason="Triton is not installed")
     shared = importlib.import_module("coat_kernels.states_triton")
     if not torch.cuda.is_available():
-        monkeypatch.setattr(shared, "TILE", 16384)
+        monkeypatch.setattr(shared, "CUTS", {f: cut._replace(tile=16384) for f, cut in shared.CUTS.items()})
         monkeypatch.setattr(shared, "MOST_GROUPS", 16384)
     return module.adamw_step
 

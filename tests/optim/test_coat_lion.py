@@ -68,7 +68,9 @@ def test_parity(format, weights, device, monkeypatch):
     if device == "cpu":
         from coat_kernels import states_triton
 
-        monkeypatch.setattr(states_triton, "TILE", 16384)
+        monkeypatch.setattr(
+            states_triton, "CUTS", {f: cut._replace(tile=16384) for f, cut in states_triton.CUTS.items()}
+        )
         monkeypatch.setattr(states_triton, "MOST_GROUPS", 16384)
     runs = []
     for step, where in ((lion_step_ref, "cpu"), (triton.lion_step, device)):
