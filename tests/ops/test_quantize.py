@@ -381,12 +381,12 @@ def test_registration(device, granularity, group):
     quantize = torch.ops.coat_kernels.quantize.default
     x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group)
     for parts, dim in (([x], 0), (list(x.split(9)), 0), (list(x.split(48, 1)), 1)):
-        rest = (torch.float32, dim, False)
+        rest = (torch.float32, dim, None)
         torch.library.opcheck(quantize, (parts, *arguments, None, True, True, *rest), test_utils=OPCHECKS)
         torch.library.opcheck(quantize, (parts, *arguments, x_s, True, False, *rest), test_utils=OPCHECKS)
     for scale_dtype in SCALE_DTYPES if group else (torch.float32,):
         x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group, scale_dtype=scale_dtype)
-        rest = (None, True, False, scale_dtype, 0, False)
+        rest = (None, True, False, scale_dtype, 0, None)
         torch.library.opcheck(quantize, ([x], *arguments, *rest), test_utils=OPCHECKS)
         torch.library.opcheck(
             torch.ops.coat_kernels.dequantize.default, (x_q, x_s, group, torch.bfloat16), test_utils=OPCHECKS
