@@ -209,7 +209,7 @@ def test_the_count_of_labels_does_not_wait_for_the_forward(monkeypatch):
         return (hidden @ weight.t()).float().mean(), [torch.zeros_like(hidden), torch.zeros_like(weight), None]
 
     monkeypatch.setattr(page, "library", lambda kind: product)
-    fused, given = llama("cuda", attn_implementation="sdpa"), batch("cuda")  # an eager mask brings a number to the GPU
+    fused, given = llama("cuda", attn_implementation="sdpa"), batch("cuda")  # eager masks synchronise
     fuse_loss(fused)
     for first in (True, False):
         torch.cuda.set_sync_debug_mode("default" if first else "error")  # the first call compiles and allocates
