@@ -4,17 +4,17 @@ transformers takes the newest folder. A process that died while it saved leaves 
 part; ``trainer_state.json`` is what the first process writes last.
 """
 
-import functools
 import json
 import os
 import re
 import zipfile
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
 from transformers import trainer as hf_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .callback import CoatCallback, logger
+from .callback import logger
 
 # What torch.save writes into a checkpoint: archives, whose table of contents is at their end.
 SAVED_BY_TORCH = ("optimizer.", "scheduler.", "scaler.", "rng_state", "pytorch_model_fsdp.")
@@ -61,28 +61,27 @@ def last_whole(folder: str) -> tuple[str | None, dict[str, str]]:
     return None, flaws
 
 
-def resume_from_whole(trainer_class: type) -> None:
-    """Let ``train(resume_from_checkpoint=True)`` of runs with COAT pass over checkpoints not written to their end, and
-    refuse one that is named. Runs without COAT are as they were."""
-    train_from = trainer_class.train
-    if hasattr(train_from, "__wrapped__"):
-        return
+def to_resume_from(args: TrainingArguments, asked: str | bool | None, tells: bool) -> str | bool | None:
+    """What ``train(resume_from_checkpoint=asked)`` is to resume from: for True the newest whole checkpoint.
 
-    @functools.wraps(train_from)
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
-            if resume_from_checkpoint is True and os.path.isdir(self.args.output_dir):
-                resume_from_checkpoint = _chosen(self.args.output_dir, self.is_world_process_zero())
-            elif isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint):
-                found = flaw(resume_from_checkpoint)
-                if found is not None:
-                    raise ValueError(
-                        f"the checkpoint {resume_from_checkpoint} was not written to its end, {found}: name an older "
-                        "one, or take the last whole one with resume_from_checkpoint=True"
-                    )
-        return train_from(self, resume_from_checkpoint, *args, **kwargs)
+    Args:
+        args: The arguments of the run.
+        asked: As Trainer takes it.
+        tells: Whether this process warns of checkpoints that are passed over.
 
-    trainer_class.train = train
+    Raises:
+        ValueError: For a checkpoint, named or the only ones, that was not written to its end.
+    """
+    if asked is True and os.path.isdir(args.output_dir):
+        return _chosen(args.output_dir, tells)
+    if isinstance(asked, str) and os.path.isdir(asked):
+        found = flaw(asked)
+        if found is not None:
+            raise ValueError(
+                f"the checkpoint {asked} was not written to its end, {found}: name an older one, or take the last "
+                "whole one with resume_from_checkpoint=True"
+            )
+    return asked
 
 
 def _chosen(folder: str, tells: bool) -> str | bool:

@@ -19,7 +19,7 @@ from transformers import trainer_optimizer
 from ..config import HfCoatConfig, OptimizerName
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
-from .checkpoints import resume_from_whole
+from .checkpoints import to_resume_from
 from .checks import check_release, check_run
 from .model_card import keep_section
 
@@ -146,8 +146,29 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
     return OPTIMIZERS[name], settings
 
 
+def _train_with_coat(trainer_class: type) -> None:
+    """Let ``train`` of runs with COAT resume from whole checkpoints only, and DDP reduce gradients where they are.
+
+    By default DDP copies every gradient into a bucket and back: the model's gradients twice. No argument of Trainer
+    asks for views of the buckets instead.
+    """
+    own = trainer_class.train
+    if hasattr(own, "__wrapped__"):
+        return
+
+    @functools.wraps(own)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
+            resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
+            if self.accelerator.ddp_handler is not None:
+                self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        return own(self, resume_from_checkpoint, *args, **kwargs)
+
+    trainer_class.train = train
+
+
 trainer_optimizer._OPTIMIZER_HANDLERS[COAT_ADAMW] = _make_coat_adamw
 if not any(callback.__name__ == FollowsArguments.__name__ for callback in hf_trainer.DEFAULT_CALLBACKS):
     hf_trainer.DEFAULT_CALLBACKS.append(FollowsArguments)
 keep_section(hf_trainer.Trainer)
-resume_from_whole(hf_trainer.Trainer)
+_train_with_coat(hf_trainer.Trainer)

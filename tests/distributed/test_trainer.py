@@ -81,9 +81,9 @@ def result(folder, killed):
 
 
 def near(losses, alone, bf16=False):
-    """Sums are taken in another order, and a value between two FP8 codes may take the other one. Where a weight differs by a bit for it, its tensor may be rounded on another
-    grid: that moves losses of a model that has learned little by a thousandth (test_two_processes.py). Losses that are
-    BF16 themselves differ by one of its steps and more."""
+    """Sums are taken in another order, and a value between two FP8 codes may take the other. Where a weight differs by
+    a bit for it, its tensor may be rounded on another grid: that moves losses of a model that has learned little by
+    a thousandth (test_two_processes.py). Losses that are BF16 themselves differ by one of its steps and more."""
     assert losses[0] == pytest.approx(alone[0], rel=2**-8 if bf16 else 1e-4)
     assert losses == pytest.approx(alone, rel=2**-7 if bf16 else 3e-3)
     assert len(set(losses)) == len(losses), "nothing was learned"
@@ -99,6 +99,7 @@ def test_losses_are_those_of_one_process(result, model, kind):
     near(two[0]["losses"], alone["losses"], bf16=model == "bf16")
     assert two[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=2**-8)  # gradients are BF16 in some of them
     assert two[0]["sharded"] == (kind == "whole"), "which parameters are DTensors"
+    assert two[0]["bucket_views"] is (True if kind == "ddp" else None), "DDP does not hold gradients twice"
     assert two[0]["states"] == alone["states"] > 0
     if kind == "whole":  # each process has half of the states, but for rows that two cannot share evenly
         assert sum(r["local_bytes"] for r in two) == pytest.approx(alone["local_bytes"], rel=0.01)
