@@ -146,12 +146,8 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
     return OPTIMIZERS[name], settings
 
 
-def _train_with_coat(trainer_class: type) -> None:
-    """Let ``train`` of runs with COAT resume from whole checkpoints only, and DDP reduce gradients where they are.
-
-    By default DDP copies every gradient into a bucket and back: the model's gradients twice. No argument of Trainer
-    asks for views of the buckets instead.
-    """
+def _resume_from_whole(trainer_class: type) -> None:
+    """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end."""
     own = trainer_class.train
     if hasattr(own, "__wrapped__"):
         return
@@ -160,8 +156,6 @@ def _train_with_coat(trainer_class: type) -> None:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
             resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
-            if self.accelerator.ddp_handler is not None:
-                self.accelerator.ddp_handler.gradient_as_bucket_view = True
         return own(self, resume_from_checkpoint, *args, **kwargs)
 
     trainer_class.train = train
@@ -171,4 +165,4 @@ trainer_optimizer._OPTIMIZER_HANDLERS[COAT_ADAMW] = _make_coat_adamw
 if not any(callback.__name__ == FollowsArguments.__name__ for callback in hf_trainer.DEFAULT_CALLBACKS):
     hf_trainer.DEFAULT_CALLBACKS.append(FollowsArguments)
 keep_section(hf_trainer.Trainer)
-_train_with_coat(hf_trainer.Trainer)
+_resume_from_whole(hf_trainer.Trainer)

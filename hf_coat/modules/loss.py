@@ -257,8 +257,12 @@ class CoatHead(nn.Linear):
             and hidden.dim() > 1
             and (hidden.requires_grad or self.weight.requires_grad)
             and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
-            and library(hidden.device.type) is not None
+            and self._has_library(hidden)
         )
+
+    def _has_library(self, hidden: torch.Tensor) -> bool:
+        """A prediction, whose tensors are fake, asks for the device that the training will be on."""
+        return (_library_name(self) if isinstance(hidden, FakeTensor) else library(hidden.device.type)) is not None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fused with the loss"

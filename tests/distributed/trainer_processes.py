@@ -142,7 +142,6 @@ def run(model, data, args, **train):
         "norms": [entry["grad_norm"] for entry in logged],
         "said": said.lines,
         "sharded": kinds.count("DTensor") / len(kinds),
-        "bucket_views": getattr(trainer.model_wrapped, "gradient_as_bucket_view", None),
         "states": len(trainer.optimizer.optimizer.state),
         "local_bytes": sum(
             (t.to_local() if hasattr(t, "to_local") else t).nbytes

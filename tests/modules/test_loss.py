@@ -332,6 +332,17 @@ def test_predicted_memory(device):
     assert deferred(fused(**given).logits), "the model itself was left as it was"
 
 
+@needs_library
+def test_a_prediction_of_what_will_run_on_a_gpu(monkeypatch):
+    """Where the CPU has no library and the GPU has one, logits are as little predicted as they will be there."""
+    fused, given = llama(), batch()
+    fuse_loss(fused)
+    expected = memory.predict(fused, given).activations
+    monkeypatch.setattr(page, "library", lambda kind: page._by_liger if kind == "cuda" else None)
+    monkeypatch.setattr(page, "_library_name", lambda head: "liger_kernel")
+    assert memory.predict(fused, given).activations == expected
+
+
 # --- the logits ---
 
 
