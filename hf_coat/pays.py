@@ -59,12 +59,15 @@ def pays(hidden: int, tokens: int, gpu: str | None) -> float | None:
 
     Returns:
         The factor, between measured sizes in proportion to ``log2(tokens)`` and ``log2(hidden)``, beyond them that of
-        the nearest; None for a GPU that was not measured.
+        the nearest; None for a GPU that was not measured, and where FP8 does not pay yet with as many tokens as were
+        measured, for more.
     """
     table = measured()
     if gpu is None or gpu != table.gpu:
         return None
-    return _between(hidden, {width: _between(tokens, cells) for width, cells in table.factors.items()})
+    factor = _between(hidden, {width: _between(tokens, cells) for width, cells in table.factors.items()})
+    unknown = factor < 1 and tokens > max(map(max, table.factors.values()))
+    return None if unknown else factor
 
 
 def speedup(hidden: int | None, tokens: int, gpu: str | None) -> dict[str, int | float | str] | None:

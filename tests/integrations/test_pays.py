@@ -63,6 +63,7 @@ def test_what_the_benchmark_writes_is_read(tmp_path, monkeypatch):
         (2048, 512, 0.9),  # (0.7 + 1.1) / 2, of which the second is that of the nearest batch
         (64, 1, 0.5),
         (8192, 10**6, 1.7),
+        (64, 4096, 0.9),
         (4096, 256, 1.1),  # FP8 was not measured there
     ],
 )
@@ -73,6 +74,7 @@ def test_between_and_beyond_what_was_measured(table, hidden, tokens, factor):
 
 def test_nothing_is_said_of_what_was_not_measured(table, tmp_path):
     table("some GPU")
+    assert pays.pays(64, 8192, "some GPU") is None, "so many tokens may make up for it"
     assert pays.pays(1024, 256, "another GPU") is None and pays.pays(1024, 256, None) is None
     (tmp_path / "none.json").write_text('{"gpu": "some GPU", "rows": []}')
     assert pays.Measured.read(tmp_path / "none.json") == pays.Measured(None, {})
