@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainerCallback, trainer, trainer_optimizer
@@ -517,6 +518,8 @@ def test_resuming_with_another_recipe_is_warned_about(make, tools, tmp_path, kil
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision='fp8'", "'bf16'", "ACCELERATE_MIXED_PRECISION"]),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, ["DeepSpeed", "deepspeed=", "FSDP2"]),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, ["FSDP1", "fsdp_config={'version': 2}"]),
+        ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, {}, ["CPU offload", "drop cpu_offload from"]),
+        ({"fsdp": "full_shard offload"}, {}, ["CPU offload", "'offload' from fsdp="]),
     ],
 )
 def test_arguments_that_cannot_work(tools, tmp_path, monkeypatch, changes, environment, parts):
@@ -548,7 +551,8 @@ class Launched:
         (Launched(mixed_precision="fp8"), "mixed_precision='fp8'"),
         (Launched(mixed_precision="fp16"), "mixed_precision='fp16'"),
         (Launched(deepspeed_plugin=object()), "DeepSpeed"),
-        (Launched(fsdp_plugin=dataclasses.make_dataclass("Plugin", [("fsdp_version", int, 1)])()), "FSDP1"),
+        (Launched(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1)), "FSDP1"),
+        (Launched(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)), "CPU offload"),
     ],
 )
 @pytest.mark.parametrize("by", ["arguments", "callback"])
@@ -564,7 +568,7 @@ def test_launchers_that_cannot_work(make, tools, monkeypatch, launched, part, by
 
 
 def test_fsdp2_is_not_refused(monkeypatch, make):
-    plugin = dataclasses.make_dataclass("Plugin", [("fsdp_version", int, 2)])()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     monkeypatch.setattr(callback, "AcceleratorState", lambda: Launched(mixed_precision="bf16", fsdp_plugin=plugin))
     assert converted(make().model) == 14
 
