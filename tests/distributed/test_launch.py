@@ -1,8 +1,9 @@
 """The launchers: the ready configurations of accelerate, and the examples in two processes."""
 
-import importlib
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,73 +32,75 @@ def test_configurations(name, monkeypatch):
         assert environment["FSDP_RESHARD_AFTER_FORWARD"] == "true"
 
 
-def in_two_processes(folder, script, *options):
-    """What an example says when torchrun starts it twice, and the files it leaves in ``folder``."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [EXAMPLES / script, "--coat", "lean", "--output_dir", folder, "--max_steps", "2"]
-    command += ["--per_device_train_batch_size", "2", "--disable_tqdm", "true", *options]
-    environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=300, env=os.environ | environment
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stderr.count("CoatLinear") == 1, "the conversion is told once"
-    files = {path.name for path in folder.iterdir()}
-    assert {"coat_config.json", "coat_run.json"} <= files
-    return done.stdout, files
-
-
-def said_once(printed, *lines):
-    for line in lines:
-        assert printed.count(line) == 1, printed
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the examples find text and a model, and leave a folder each."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "texts").mkdir()
+    lines = [f"{i} is the number after {i - 1}, and before {i + 1}\n" for i in range(400)]
+    (folder / "text.txt").write_text("".join(lines))
+    for i in range(0, 400, 20):
+        (folder / "texts" / f"{i}.txt").write_text("".join(lines[i : i + 20]))
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        data = importlib.import_module("data")
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    for part in data.small_llama(Dataset.from_dict({"text": lines}), hidden_size=64, intermediate_size=96):
+        part.save_pretrained(folder / "model")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("".join(f"{i} is the number after {i - 1}, and before {i + 1}\n" for i in range(400)))
-    return file
+def said(folder):
+    """What each example says to its two outputs when torchrun starts it in two processes."""
+    text = ["--dataset_name", folder / "text.txt", "--held_out", "8"]
+    examples = {
+        "sft": text,
+        "lora": [*text, "--model_name_or_path", folder / "model"],
+        "pretrain": ["--tiny", "--text", folder / "texts", "--corpus", folder / "corpus", "--held_out_tokens", "500"],
+    }
+    if importlib.util.find_spec("sklearn"):
+        examples["vlm"] = ["--held_out", "8"]
+    always = ["--coat", "lean", "--max_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+    commands = [[f"{n}.py", *always, "--output_dir", folder / n, *options] for n, options in examples.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [Path(__file__).with_name("examples_in_turn.py"), json.dumps(commands, default=str)]
+    environment = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=400, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    printed, logged = (
+        dict(re.findall(r">>> (\w+)\.py\n(.*?)(?=>>>|\Z)", o, re.S)) for o in (done.stdout, done.stderr)
+    )
+    return {name: (printed[name], logged[name]) for name in examples}
 
 
-def test_sft(tmp_path, text):
-    printed, files = in_two_processes(tmp_path / "run", "sft.py", "--dataset_name", text, "--held_out", "8")
-    said_once(printed, "What COAT did to the model", "perplexity on held-out text, before", "held-out text, after")
-    assert "model.safetensors" in files
+@pytest.mark.parametrize(
+    ("example", "lines", "files"),
+    [
+        ("sft", ["What COAT did to the model", "held-out text, before", "text, after"], {"model.safetensors"}),
+        ("lora", ["held-out text, before", "text, after"], {"adapter_model.safetensors"}),
+        ("vlm", ["What COAT did to the model", "=== COAT", "answers are right"], {"processor_config.json"}),
+        ("pretrain", ["What COAT did to the model", "M parameters", "transformers alone"], {"run.json"}),
+    ],
+)
+def test_examples_in_two_processes(said, folder, example, lines, files):
+    """The first process alone tells and writes."""
+    if example not in said:
+        pytest.skip("scikit-learn is not installed")
+    printed, logged = said[example]
+    for line in lines:
+        assert printed.count(line) == 1, printed
+    assert logged.count("CoatLinear") == 1, "the conversion is told once"
+    there = {path.name for path in (folder / example).iterdir()}
+    assert files | {"coat_config.json", "coat_run.json"} <= there and "merged" not in there
+    assert json.loads((folder / example / "coat_run.json").read_text())["hardware"]["processes"] == 2
 
 
-def test_lora(tmp_path, text, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    data = importlib.import_module("data")
-    for part in data.small_llama(Dataset.from_text(str(text)), hidden_size=64, intermediate_size=96):
-        part.save_pretrained(tmp_path / "model")
-    printed, files = in_two_processes(
-        tmp_path / "run", "lora.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", text, "--held_out",
-        "8",
-    )  # fmt: skip
-    said_once(printed, "perplexity on held-out text, before", "held-out text, after")
-    assert "adapter_model.safetensors" in files and "merged" not in files
-
-
-def test_vlm(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    printed, files = in_two_processes(tmp_path / "run", "vlm.py", "--held_out", "8")
-    said_once(printed, "What COAT did to the model", "=== COAT", "of the held-out answers are right")
-    assert {"model.safetensors", "processor_config.json"} <= files
-
-
-def test_pretrain(tmp_path):
-    """One process makes the corpus; the steps have the rows that they have in one process."""
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(
-            "".join(f"{j} is the number after {j - 1}\n" for j in range(30 * i, 30 * i + 40))
-        )
-    printed, files = in_two_processes(
-        tmp_path / "run", "pretrain.py", "--tiny", "--text", folder, "--corpus", tmp_path / "corpus",
-        "--held_out_tokens", "1000", "--logging_steps", "1",
-    )  # fmt: skip
-    said_once(printed, "What COAT did to the model", "M parameters", "held-out loss, as trained", "transformers alone")
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["tokens"] == 2 * 2 * 2 * 2 * 64  # steps, microbatches, processes, rows, block
-    assert record["memory"] is None and "model.safetensors" in files
+def test_pretraining_in_two_processes(said, folder):
+    """Each has the rows that ``--per_device_train_batch_size`` says; memory is not told of a part of the model."""
+    record = json.loads((folder / "pretrain" / "run.json").read_text())
+    assert record["tokens"] == 2 * 2 * 2 * 2 * 64  # steps, microbatches, processes, rows, tokens in a row
+    assert record["memory"] is None
