@@ -5,6 +5,8 @@ import json
 import pickle
 import re
 import shutil
+import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -504,6 +506,44 @@ def test_resuming_with_another_recipe_is_warned_about(make, tools, tmp_path, kil
     resumed(make, tools, folder, coat={"model": {"granularity": "tensor"}})
     (warning,) = (line for line in heard.lines if line.startswith("WARNING"))
     assert "model.granularity was 'token', now 'tensor'" in warning and "checkpoint-2" in warning
+
+
+class Hub:
+    """What Trainer asks of the Hub's client, and which files it was given."""
+
+    def __init__(self):
+        self.repos, self.pushed = [], []
+
+    def create_repo(self, name, **options):
+        self.repos.append(name)
+        return types.SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path, **options):
+        self.pushed.append({file.name for file in Path(folder_path).iterdir()})
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_tells_writes_and_pushes(make, monkeypatch, heard, tmp_path, process):
+    hub, files = Hub(), {"coat_config.json", "coat_run.json", "README.md"}
+    monkeypatch.setattr(transformers.TrainingArguments, "process_index", property(lambda args: process))
+    monkeypatch.setattr(trainer, "hf_api", lambda: hub)
+    run = make(
+        save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="user/model", hub_strategy="every_save",
+        hub_always_push=True,
+    )  # fmt: skip
+    run.train()
+    run.push_to_hub()
+    written = {file.name for file in tmp_path.rglob("*")} & files
+    if process == 0:
+        assert hub.repos == ["user/model"] and written == files and "converted" in heard
+        assert len(hub.pushed) > 2 and all("coat_run.json" in pushed for pushed in hub.pushed)
+        assert files <= hub.pushed[-1]
+    else:
+        assert not hub.repos and not hub.pushed and not written
+        assert not [line for line in heard.lines if line.startswith("WARNING")]
 
 
 # --- what it refuses ------------------------------------------------------------------------------
