@@ -6,7 +6,8 @@
 
 By default SmolLM2-135M learns from chapters of the Python reference; their last fifth is held out. Perplexities are
 those of the model with its adapters, before and after, and of the merged model that is saved, which needs neither PEFT
-nor hf_coat. Every option of ``transformers.TrainingArguments`` works; without ``--coat`` the base stays BF16.
+nor hf_coat. Every option of ``transformers.TrainingArguments`` works; without ``--coat`` the base stays BF16. Started
+by ``accelerate launch`` it trains in several processes; the adapter is saved, but not merged, and memory not measured.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ DEFAULTS = {
     "warmup_steps": 4,
     "logging_steps": 10,
     "save_strategy": "no",
+    "eval_on_start": True,
     "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": "none",
 }
@@ -73,9 +75,9 @@ class ScriptArguments:
 
 class Run(NamedTuple):
     perplexity: tuple[float, float]  # on held-out text, before and after
-    merged: float  # of the merged model in BF16
+    merged: float | None  # of the merged model in BF16; of several processes none has the whole model
     log: list[dict]
-    memory: memory.MemoryBreakdown
+    memory: memory.MemoryBreakdown | None
 
 
 def chapters(script_args: ScriptArguments, seed: int) -> tuple[Dataset, Dataset]:
@@ -87,7 +89,7 @@ def chapters(script_args: ScriptArguments, seed: int) -> tuple[Dataset, Dataset]
     return parts["train"], parts["test"]
 
 
-def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> tuple[Trainer, Run]:
+def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> Run:
     transformers.set_seed(args.seed)
     text, held_out = chapters(script_args, args.seed)
     model, tokenizer = load_model(script_args.model_name_or_path, text)
@@ -108,19 +110,22 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
         data_collator=transformers.default_data_collator,
         **METRIC,
     )
-    before = trainer.evaluate()["eval_perplexity"]
-    print(f"perplexity on held-out text, before: {before:.2f}", flush=True)
     trainer.train()
+    before = trainer.state.log_history[0]["eval_perplexity"]
     after = trainer.evaluate()["eval_perplexity"]
-    print(f"perplexity on held-out text, after: {after:.2f}", end="\n\n", flush=True)
+    if trainer.is_world_process_zero():
+        print(f"perplexity on held-out text, before: {before:.2f}")
+        print(f"perplexity on held-out text, after: {after:.2f}", end="\n\n", flush=True)
     trainer.save_model()  # the adapter: PEFT's own files
-    batch = next(iter(trainer.get_train_dataloader()))
-    measured = memory.measure(model, batch, trainer.optimizer)
-    merged = model.merge_and_unload()
-    hf_coat.remove_coat(merged)  # COAT
-    folder = f"{args.output_dir}/merged"  # not beside the adapter, which transformers would load on top of it
-    merged.save_pretrained(folder)
-    return trainer, Run((before, after), plain_perplexity(trainer, folder), trainer.state.log_history, measured)
+    merged = measured = None
+    if args.world_size == 1:
+        measured = memory.measure(model, next(iter(trainer.get_train_dataloader())), trainer.optimizer)
+        plain = model.merge_and_unload()
+        hf_coat.remove_coat(plain)  # COAT
+        folder = f"{args.output_dir}/merged"  # not beside the adapter, which transformers would load on top of it
+        plain.save_pretrained(folder)
+        merged = plain_perplexity(trainer, folder)
+    return Run((before, after), merged, trainer.state.log_history, measured)
 
 
 def summarize(coat: Run, bf16: Run | None) -> None:
@@ -151,10 +156,11 @@ def main():
     if script_args.compare_bf16:
         print("=== BF16 base", flush=True)
         plain = dataclasses.replace(args, coat=None, optim="adamw_torch", output_dir=f"{args.output_dir}/bf16")
-        _, bf16 = train(script_args, plain)
+        bf16 = train(script_args, plain)
         print("=== FP8 base: the same model, data and seed", flush=True)
-    _, coat = train(script_args, args)
-    summarize(coat, bf16)
+    coat = train(script_args, args)
+    if args.world_size == 1:
+        summarize(coat, bf16)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ often smaller than half of the distance to the next BF16 number, and lost. ``--w
 weights in BF16 all the same: COAT's optimizer rounds them by chance, or remembers 8 more bits of each
 (``--coat '{"optimizer": {"weights": "master"}}'``). The text is what this machine has on its
 disk; its order depends on ``--data_seed`` alone, or on ``--seed`` without it. Every option of
-``transformers.TrainingArguments`` works. Without ``--coat`` the training is the one you know.
+``transformers.TrainingArguments`` works. Without ``--coat`` the training is the one you know. Started by
+``accelerate launch`` it trains in several processes, ``--per_device_train_batch_size`` rows in each; memory is then
+neither predicted nor measured.
 """
 
 import json
@@ -82,7 +84,8 @@ class ScriptArguments:
         held_out_tokens: How much text is kept out of the training for the loss at the end.
         megabytes: At most as much text is read. If that is less than is trained on, it is repeated in another order.
         corpus_only: Only encode the text: before several runs at once that share it.
-        max_seconds: Stop the training this long after the start of the program and evaluate what is there.
+        max_seconds: Stop the training this long after the start of the program and evaluate what is there; of several
+            processes each would stop at another step.
         tiny: Defaults that a CPU can do.
     """
 
@@ -132,13 +135,16 @@ def plain_loss(checkpoint: str, script_args: ScriptArguments) -> float:
 
 
 def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> None:
-    text = load_corpus(
-        script_args.corpus,
-        script_args.text and [script_args.text],
-        vocab_size=script_args.vocab_size,
-        held_out_tokens=script_args.held_out_tokens,
-        megabytes=script_args.megabytes,
-    )
+    if script_args.max_seconds is not None and args.world_size > 1:
+        raise ValueError("--max_seconds is for one process: several have a clock each. Use --max_steps")
+    with args.main_process_first():  # of several processes the first makes it, if it is not there
+        text = load_corpus(
+            script_args.corpus,
+            script_args.text and [script_args.text],
+            vocab_size=script_args.vocab_size,
+            held_out_tokens=script_args.held_out_tokens,
+            megabytes=script_args.megabytes,
+        )
     if script_args.corpus_only:
         return
     tokens = {"vocab_size": len(text.tokenizer), "bos_token_id": None, "eos_token_id": text.tokenizer.eos_token_id}
@@ -163,12 +169,14 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
         data_collator=transformers.default_data_collator,
         callbacks=[clock],
     )
-    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(text.training) / 1e6:.1f} M tokens to train on")
-
-    predicted = None
-    if args.coat is not None:  # COAT: already applied; asking again tells what it did
-        if args.coat.model is not None:
+    tells, several = trainer.is_world_process_zero(), args.world_size > 1
+    if tells:
+        print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(text.training) / 1e6:.1f} M tokens to train on")
+        if args.coat is not None and args.coat.model is not None:  # COAT: applied; asking again tells how
             print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n")
+
+    predicted = measured = None  # of several processes none has the whole model
+    if args.coat is not None and not several:  # COAT
         batch = args.train_batch_size, script_args.block_size
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             predicted = (
@@ -196,11 +204,11 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
         "held_out_loss": trainer.evaluate()["eval_loss"],
     }
     trainer.save_model()
-    batch = next(iter(trainer.get_train_dataloader()))
-    measured = memory.measure(model, batch, trainer.optimizer)
-    if not args.should_save:
+    if not several:
+        measured = memory.measure(model, next(iter(trainer.get_train_dataloader())), trainer.optimizer)
+    if not tells:
         return
-    record["memory"] = measured.to_dict()
+    record["memory"] = measured and measured.to_dict()
     record["held_out_loss_bf16"] = plain_loss(args.output_dir, script_args)
     record["script"] = {name: value for name, value in vars(script_args).items() if not name.startswith("max_")}
     record["arguments"] = {name: args.to_dict()[name] for name in ("coat", "seed", "data_seed", "optim", *DEFAULTS)}

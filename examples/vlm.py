@@ -7,7 +7,8 @@
 The first two need no download: the digits are the 1,797 scans that come with scikit-learn. A dataset has rows of
 ``messages``, as chat templates take them, and of ``images`` or an ``image``. The score is how many answers to held-out
 rows ``generate()`` gives exactly. Every option of ``transformers.TrainingArguments`` works. Without ``--coat`` the
-training is the one you know.
+training is the one you know. Started by ``accelerate launch`` it trains in several processes; each then answers all
+held-out rows, as a sharded model generates in all of them at once, and memory is not measured.
 """
 
 import dataclasses
@@ -139,7 +140,7 @@ def _without_nones(message: dict) -> dict:
     return {**message, "content": parts}
 
 
-def exact_match(model, collator: Collator, rows: Dataset, new_tokens: int, batch_size: int) -> float:
+def exact_match(model, collator: Collator, rows: Dataset, batch_size: int, **generation) -> float:
     """Share of the rows whose last answer ``generate()`` gives word for word."""
     tokenizer, right = collator.processor.tokenizer, 0
     model.eval()
@@ -147,7 +148,7 @@ def exact_match(model, collator: Collator, rows: Dataset, new_tokens: int, batch
         batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         inputs = collator.inputs(batch, answered=False).to(model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        output = model.generate(**inputs, **generation, do_sample=False)
         given = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, answer in zip(batch, given, strict=True):
             parts = row["messages"][-1]["content"]
@@ -158,8 +159,8 @@ def exact_match(model, collator: Collator, rows: Dataset, new_tokens: int, batch
 
 class Run(NamedTuple):
     score: float  # share of the held-out rows that are answered rightly
-    predicted: memory.MemoryBreakdown  # bytes of a step
-    measured: memory.MemoryBreakdown
+    predicted: memory.MemoryBreakdown | None = None  # bytes of a step; of several processes none has the whole model
+    measured: memory.MemoryBreakdown | None = None
 
 
 def train(script_args: ScriptArguments, args: transformers.TrainingArguments) -> Run:
@@ -180,14 +181,19 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     trainer = Trainer(
         model=model, args=args, train_dataset=rows["train"], data_collator=collator, processing_class=processor
     )
-    if args.coat is not None and args.coat.model is not None:  # COAT: already applied; asking again tells what it did
-        print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n")
+    tells, several = trainer.is_world_process_zero(), args.world_size > 1
+    if tells and args.coat is not None and args.coat.model is not None:  # COAT: applied; asking again tells how
+        print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n", flush=True)
     trainer.train()
     score = exact_match(
-        model, collator, rows["test"], script_args.max_new_tokens, 2 * args.per_device_train_batch_size
-    )
-    print(f"seed {args.seed}: {score:.1%} of the held-out answers are right", end="\n\n", flush=True)
+        model, collator, rows["test"], 2 * args.per_device_train_batch_size,
+        max_new_tokens=script_args.max_new_tokens, synced_gpus=several,
+    )  # fmt: skip
+    if tells:
+        print(f"seed {args.seed}: {score:.1%} of the held-out answers are right", end="\n\n", flush=True)
     trainer.save_model()
+    if several:
+        return Run(score)
     batch = next(iter(trainer.get_train_dataloader()))
     predicted = memory.predict(model, batch, optimizer=args.coat.optimizer if args.coat else None)
     return Run(score, predicted, memory.measure(model, batch, trainer.optimizer))
@@ -204,13 +210,20 @@ def main():
     runs = {kind: [] for kind in kinds}
     for seed in range(args.seed, args.seed + script_args.seeds):
         for kind, settings in kinds.items():
-            print(f"=== {kind}, seed {seed}", flush=True)
+            if args.process_index == 0:
+                print(f"=== {kind}, seed {seed}", flush=True)
             runs[kind].append(train(script_args, dataclasses.replace(settings, seed=seed)))
+    if args.process_index == 0:
+        summarize(runs)
+
+
+def summarize(runs: dict[str, list[Run]]) -> None:
+    """The scores side by side, and the memory of a step without and with COAT."""
     print("Held-out answers that are right")
     for kind, done in runs.items():
         mean, each = statistics.mean(run.score for run in done), ", ".join(f"{run.score:.1%}" for run in done)
         print(f" {kind:<6}{mean:>7.1%}   {each}")
-    if len(kinds) == 2:  # COAT
+    if len(runs) == 2 and runs["COAT"][-1].measured is not None:  # COAT
         bf16, coat = (runs[kind][-1] for kind in ("BF16", "COAT"))
         print("\n" + report.memory_table(bf16.predicted, coat.predicted, coat.measured, bf16.measured))
 

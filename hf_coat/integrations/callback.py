@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import trainer as hf_trainer
@@ -102,6 +103,7 @@ class CoatCallback(TrainerCallback):
             mixed_precision=accelerator.mixed_precision,
             deepspeed=accelerator.deepspeed_plugin is not None,
             fsdp_version=None if fsdp is None else fsdp.fsdp_version,
+            cpu_offload=fsdp is not None and isinstance(fsdp.cpu_offload, CPUOffloadPolicy),
         )
         self._convert(model)
         if fsdp is not None:

@@ -51,13 +51,20 @@ def _refuse_quantized(found: str) -> None:
     )
 
 
-def check_run(*, mixed_precision: str = "no", deepspeed: bool = False, fsdp_version: int | None = None) -> None:
+def check_run(
+    *,
+    mixed_precision: str = "no",
+    deepspeed: bool = False,
+    fsdp_version: int | None = None,
+    cpu_offload: bool = False,
+) -> None:
     """Refuse ways to run a training that COAT does not work with.
 
     Args:
         mixed_precision: As ``accelerate`` names it.
         deepspeed: Whether DeepSpeed runs the training.
         fsdp_version: 1 or 2 where FSDP runs it, else None.
+        cpu_offload: Whether FSDP2 keeps parameters, gradients and optimizer states on the CPU.
 
     Raises:
         ValueError: With the setting and the remedy.
@@ -82,6 +89,14 @@ def check_run(*, mixed_precision: str = "no", deepspeed: bool = False, fsdp_vers
         raise ValueError(
             "COAT does not work under FSDP1, whose flat parameters lose the rows that share their scales: use FSDP2, "
             "with fsdp_config={'version': 2} or fsdp_version: 2 in the accelerate configuration"
+        )
+    if cpu_offload:
+        raise ValueError(
+            "COAT does not work with FSDP2's CPU offload, under which the optimizer steps on the CPU, where COAT's is "
+            "plain PyTorch and more than ten times slower than AdamW: drop cpu_offload from fsdp_config, 'offload' "
+            "from fsdp=, or fsdp_offload_params from the accelerate configuration. For memory take what is sharded "
+            "already, optimizer states of about 2 bytes a parameter, and gradient_checkpointing=True, a smaller batch "
+            "or more GPUs"
         )
 
 

@@ -59,7 +59,8 @@ class CoatArgumentsMixin:
             )
         super().__post_init__()
         if self.coat is not None:
-            check_run(fsdp_version=(self.fsdp_plugin_args or {}).get("fsdp_version"))
+            fsdp = self.fsdp_plugin_args or {}
+            check_run(fsdp_version=fsdp.get("fsdp_version"), cpu_offload=fsdp.get("cpu_offload", False))
             check_release(self.coat, self.gradient_accumulation_steps)
         if self._brings_optimizer():
             self.optim = COAT_ADAMW

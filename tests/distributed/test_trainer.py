@@ -97,7 +97,11 @@ def test_losses_are_those_of_one_process(result, model, kind):
     two = [result(f"{model}_{kind}", 2, rank) for rank in (0, 1)]
     assert two[0]["losses"] == two[1]["losses"] and two[0]["norms"] == two[1]["norms"]
     near(two[0]["losses"], alone["losses"], bf16=model == "bf16")
-    assert two[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=2**-8)  # gradients are BF16 in some of them
+    # Gradients are BF16 in some of them. A step that the probe watches quantizes q, k and v one by one, unless their
+    # codes were gathered: then the three share a factor of their scales, and are rounded on another grid. Rounding
+    # costs 0.026 (hf_coat/probe.py).
+    grid = 0.026 if (model, kind) == ("vlm", "whole") else 0
+    assert two[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=2**-8 + grid)
     assert two[0]["sharded"] == (kind == "whole"), "which parameters are DTensors"
     assert two[0]["states"] == alone["states"] > 0
     if kind == "whole":  # each process has half of the states, but for rows that two cannot share evenly
@@ -152,21 +156,20 @@ def test_a_process_that_dies_while_it_saves(result, folder, killed):
 
 
 def test_what_is_saved_loads_without_hf_coat(result, folder):
-    code = (
-        "import torch, transformers\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(sum(p.double().sum() for p in model.parameters()).item(), model.dtype)\n"
-    )
     merge_fsdp_weights(folder / "full-sharded-2" / "checkpoint-4" / "pytorch_model_fsdp_0", folder / "merged")
     (folder / "merged" / "config.json").write_bytes((folder / "full-whole-2" / "config.json").read_bytes())
-    said = []
-    for name in ("full-whole-2", "full-whole-2/checkpoint-4", "merged"):
-        block = "import sys\nsys.modules['hf_coat'] = None\n"
-        done = subprocess.run(
-            [sys.executable, "-c", block + code, str(folder / name)], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+    code = (
+        "import sys\n"
+        "sys.modules['hf_coat'] = None\n"
+        "import transformers\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = transformers.AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    print(sum(p.double().sum() for p in model.parameters()).item(), model.dtype)\n"
+    )
+    saved = [str(folder / name) for name in ("full-whole-2", "full-whole-2/checkpoint-4", "merged")]
+    done = subprocess.run([sys.executable, "-c", code, *saved], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
     assert said[0] == said[1] == said[2] and "float32" in said[0]
 
 

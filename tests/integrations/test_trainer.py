@@ -5,11 +5,14 @@ import json
 import pickle
 import re
 import shutil
+import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from accelerate import FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainerCallback, trainer, trainer_optimizer
@@ -505,6 +508,44 @@ def test_resuming_with_another_recipe_is_warned_about(make, tools, tmp_path, kil
     assert "model.granularity was 'token', now 'tensor'" in warning and "checkpoint-2" in warning
 
 
+class Hub:
+    """What Trainer asks of the Hub's client, and which files it was given."""
+
+    def __init__(self):
+        self.repos, self.pushed = [], []
+
+    def create_repo(self, name, **options):
+        self.repos.append(name)
+        return types.SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path, **options):
+        self.pushed.append({file.name for file in Path(folder_path).iterdir()})
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_tells_writes_and_pushes(make, monkeypatch, heard, tmp_path, process):
+    hub, files = Hub(), {"coat_config.json", "coat_run.json", "README.md"}
+    monkeypatch.setattr(transformers.TrainingArguments, "process_index", property(lambda args: process))
+    monkeypatch.setattr(trainer, "hf_api", lambda: hub)
+    run = make(
+        save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="user/model", hub_strategy="every_save",
+        hub_always_push=True,
+    )  # fmt: skip
+    run.train()
+    run.push_to_hub()
+    written = {file.name for file in tmp_path.rglob("*")} & files
+    if process == 0:
+        assert hub.repos == ["user/model"] and written == files and "converted" in heard
+        assert len(hub.pushed) > 2 and all("coat_run.json" in pushed for pushed in hub.pushed)
+        assert files <= hub.pushed[-1]
+    else:
+        assert not hub.repos and not hub.pushed and not written
+        assert not [line for line in heard.lines if line.startswith("WARNING")]
+
+
 # --- what it refuses ------------------------------------------------------------------------------
 
 
@@ -517,6 +558,8 @@ def test_resuming_with_another_recipe_is_warned_about(make, tools, tmp_path, kil
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp8"}, ["mixed_precision='fp8'", "'bf16'", "ACCELERATE_MIXED_PRECISION"]),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, ["DeepSpeed", "deepspeed=", "FSDP2"]),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, ["FSDP1", "fsdp_config={'version': 2}"]),
+        ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, {}, ["CPU offload", "drop cpu_offload from"]),
+        ({"fsdp": "full_shard offload"}, {}, ["CPU offload", "'offload' from fsdp="]),
     ],
 )
 def test_arguments_that_cannot_work(tools, tmp_path, monkeypatch, changes, environment, parts):
@@ -548,7 +591,8 @@ class Launched:
         (Launched(mixed_precision="fp8"), "mixed_precision='fp8'"),
         (Launched(mixed_precision="fp16"), "mixed_precision='fp16'"),
         (Launched(deepspeed_plugin=object()), "DeepSpeed"),
-        (Launched(fsdp_plugin=dataclasses.make_dataclass("Plugin", [("fsdp_version", int, 1)])()), "FSDP1"),
+        (Launched(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=1)), "FSDP1"),
+        (Launched(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)), "CPU offload"),
     ],
 )
 @pytest.mark.parametrize("by", ["arguments", "callback"])
@@ -564,7 +608,7 @@ def test_launchers_that_cannot_work(make, tools, monkeypatch, launched, part, by
 
 
 def test_fsdp2_is_not_refused(monkeypatch, make):
-    plugin = dataclasses.make_dataclass("Plugin", [("fsdp_version", int, 2)])()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     monkeypatch.setattr(callback, "AcceleratorState", lambda: Launched(mixed_precision="bf16", fsdp_plugin=plugin))
     assert converted(make().model) == 14
 
