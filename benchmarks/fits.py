@@ -7,8 +7,9 @@ of the COAT paper (arXiv 2410.19313, section 6.3).
 Nothing is run and no GPU is needed: a row is what ``hf-coat estimate MODEL --gpus N --card 80`` says, FSDP2 sharding
 weights, gradients and states. With FP32 weights, computing in BF16, as the paper has them and accelerate makes them
 where it shards; and with BF16 weights (several GPUs: without ``bf16=True``). AdamW has two moments in the weights'
-dtype; what FSDP2 gathers is counted in BF16. The peaks are for the largest batch; a batch of 0 says that not one
-sequence fits, and its peak is what that would need. Takes half an hour of one core.
+dtype; what FSDP2 gathers is counted in BF16, the weights that "lean" converted as FP8 codes. The peaks are for the
+largest batch; a batch of 0 says that not one sequence fits, and its peak is what that would need. Takes 15 minutes of
+one core.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from environment import environment
@@ -39,7 +40,7 @@ RECIPES = {  # dtype of the weights and recipe, None for BF16
 
 def largest(name: str, recipe: str, counts: list[int], card: int) -> list[dict]:
     """A row for each number of GPUs; each batch is estimated once for all that shard."""
-    from hf_coat.integrations.estimate import Training, largest_batch
+    from hf_coat.integrations.estimate import Training, estimates, largest_batch
 
     config = LlamaConfig(**SHAPES[name], vocab_size=32000, max_position_embeddings=LENGTH)
     dtype, coat = RECIPES[recipe]
@@ -49,7 +50,10 @@ def largest(name: str, recipe: str, counts: list[int], card: int) -> list[dict]:
         for gpus in together:
             training = Training(config, 4, LENGTH, coat, gpus, dtype=dtype)
             most = largest_batch(training, card, known, together)
-            step = asdict(known[max(most, 1)][gpus])
+            shown = max(most, 1)
+            if shown not in known:
+                known[shown] = estimates(replace(training, batch=shown), together)
+            step = asdict(known[shown][gpus])
             rows.append({"model": name, "recipe": recipe, "gpus": gpus, "largest_batch": most, "step": step})
     return rows
 
