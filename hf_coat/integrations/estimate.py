@@ -122,7 +122,7 @@ def largest_batch(
         known: By batch what :func:`estimates` said of it before; what is asked for here is added.
         gpus: Numbers of GPUs that will be asked about too, and are estimated together with this one.
     """
-    low, high, guess, room = 0, None, training.batch, CARDS[card] * 2**30
+    low, high, guess, room = 0, None, training.batch, int(CARDS[card] * 2**30)
 
     def reach(a: int, b: int) -> int:
         """The last batch that fits by the line through two."""
