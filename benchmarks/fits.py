@@ -7,8 +7,9 @@ of the COAT paper (arXiv 2410.19313, section 6.3).
 Nothing is run and no GPU is needed: a row is what ``hf-coat estimate MODEL --gpus N --card 80`` says, FSDP2 sharding
 weights, gradients and states. With FP32 weights, computing in BF16, as the paper has them and accelerate makes them
 where it shards; and with BF16 weights (several GPUs: without ``bf16=True``). AdamW has two moments in the weights'
-dtype; what FSDP2 gathers is counted in BF16. The peaks are for the largest batch; a batch of 0 says that not one
-sequence fits, and its peak is what that would need. Takes half an hour of one core.
+dtype; what FSDP2 gathers is counted in BF16, the weights that "lean" converted as FP8 codes. The peaks are for the
+largest batch; a batch of 0 says that not one sequence fits, and its peak is what that would need. Takes half an hour
+of one core.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from environment import environment
@@ -39,7 +40,7 @@ RECIPES = {  # dtype of the weights and recipe, None for BF16
 
 def largest(name: str, recipe: str, counts: list[int], card: int) -> list[dict]:
     """A row for each number of GPUs; each batch is estimated once for all that shard."""
-    from hf_coat.integrations.estimate import Training, largest_batch
+    from hf_coat.integrations.estimate import Training, estimates, largest_batch
 
     config = LlamaConfig(**SHAPES[name], vocab_size=32000, max_position_embeddings=LENGTH)
     dtype, coat = RECIPES[recipe]
@@ -47,9 +48,13 @@ def largest(name: str, recipe: str, counts: list[int], card: int) -> list[dict]:
     for together in ([n for n in counts if n == 1], [n for n in counts if n > 1]):
         known: dict[int, dict] = {}
         for gpus in together:
-            training = Training(config, 4, LENGTH, coat, gpus, dtype=dtype)
+            first = 1 if gpus == 1 else 4  # where little is expected to fit, the smallest tells at once
+            training = Training(config, first, LENGTH, coat, gpus, dtype=dtype)
             most = largest_batch(training, card, known, together)
-            step = asdict(known[max(most, 1)][gpus])
+            shown = max(most, 1)
+            if shown not in known:
+                known[shown] = estimates(replace(training, batch=shown), together)
+            step = asdict(known[shown][gpus])
             rows.append({"model": name, "recipe": recipe, "gpus": gpus, "largest_batch": most, "step": step})
     return rows
 
@@ -76,19 +81,24 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--card", type=int, choices=CARDS, default=80)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once, of one thread each")
-    parser.add_argument("--json", type=Path, help="write the figures here, after each model and recipe")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the figures here, after each model and recipe; go on from those that are there",
+    )
     parser.add_argument("--show", type=Path, help="estimate nothing, write the table of this file")
     options = parser.parse_args()
     if options.show:
         print(table(json.loads(options.show.read_text())["rows"]))
         return
     about = {name: value for name, value in environment().items() if name not in ("gpu", "cuda", "triton")}
-    about |= {"card": options.card, "length": LENGTH, "shapes": {name: SHAPES[name] for name in options.only}}
-    names = [(name, recipe) for name in options.only for recipe in RECIPES]
+    about |= {"card": options.card, "length": LENGTH, "shapes": SHAPES}
+    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    there = {(row["model"], row["recipe"]) for row in rows}
+    names = [(name, recipe) for name in options.only for recipe in RECIPES if (name, recipe) not in there]
     shared = [[value] * len(names) for value in (options.gpus, options.card)]
-    rows: list[dict] = []
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(largest, *zip(*names, strict=True), *shared):
+        for found in pool.map(largest, *zip(*names, strict=True), *shared) if names else ():
             rows += found
             if options.json:
                 options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -8,9 +8,10 @@ two layers share counts once.
 """
 
 import copy
+import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -25,7 +26,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import CoatOptimizerConfig, OptimizerName
 from .convert import remove_coat
@@ -35,6 +37,7 @@ from .optim.sharding import rows_shape
 
 STEP_BYTES = 4
 CODES = (torch.uint8, torch.int8)
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 MUON_GROUP_BYTES = 1  # the scale of a group of CoatMuon's momentum
 
 
@@ -76,7 +79,7 @@ def predict(
     Call it in the autocast context of the training, if that has one. What runs on fake tensors is a copy of the
     model's structure: with ``coat=False`` its linears are turned back first, which gives the model's twin without
     COAT. Integer tensors (token ids, masks, positions) stay real, because models look into them to choose how to mask
-    the attention.
+    the attention; and so do the batch's floats for those that look which images are padding.
 
     Args:
         model: Any model whose output has a ``loss``, converted or not, on any device, the meta device included.
@@ -134,9 +137,13 @@ def fake_twin(
 
     model = copy.deepcopy(model, {id(t): fake(t) for t in tensors_of(model)})
     vars(model).pop("forward", None)  # accelerate's, which calls the live model; its autocast is the caller's
-    batch = {name: fake(value) for name, value in batch.items()}
-    with mode, _RealIntegers():
-        yield model, batch
+    fakes = {name: fake(value) for name, value in batch.items()}
+    real = _RealIntegers()
+    for name, value in fakes.items():
+        if isinstance(value, FakeTensor) and not batch[name].is_meta:
+            real.values[value] = functools.partial(batch.get, name)
+    with mode, real:
+        yield model, fakes
 
 
 def measure(model: nn.Module, batch: Mapping[str, object], optimizer: Optimizer) -> MemoryBreakdown:
@@ -172,13 +179,35 @@ def measure(model: nn.Module, batch: Mapping[str, object], optimizer: Optimizer)
 class _RealIntegers(TorchDispatchMode):
     """Inside FakeTensorMode: an operation on no fake tensor whose results are no floats is done for real.
 
-    Bytes are none of the integers that models look into: they are codes, as many as there are parameters.
+    Bytes are none of the integers that models look into: they are codes, as many as there are parameters. So is an
+    operation on floats of the batch, as they are or viewed or cast, whose result is boolean: models that ask which of
+    the images are nothing but padding leave those out.
+
+    Attributes:
+        values: Fake tensor that holds floats of the batch -> what makes the real one.
     """
+
+    def __init__(self):
+        super().__init__()
+        self.values: MutableMapping[torch.Tensor, Callable[[], torch.Tensor]] = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(isinstance(value, FakeTensor) for value in tree_leaves((args, kwargs))):
-            return func(*_with_positions(func, args), **kwargs)
+        fakes = [value for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)]
+        if fakes:
+            result = func(*_with_positions(func, args), **kwargs)
+            known = [value in self.values for value in fakes]
+            if any(known) and func._schema.is_mutable:  # what shares the memory is not followed
+                self.values.clear()
+            elif all(known) and isinstance(result, FakeTensor):
+                # makers in the place of tensors: these are not to live longer for it
+                inputs = tree_map_only(FakeTensor, self.values.get, (args, kwargs))
+                if result.dtype == torch.bool:
+                    with unset_fake_temporarily():
+                        return _make(func, inputs)
+                if func.is_view or func in COPIES:
+                    self.values[result] = functools.partial(_make, func, inputs)
+            return result
         if func is not torch.ops.aten._local_scalar_dense.default:  # tensor.item(), which a fake tensor has not
             try:
                 result = func(*args, **kwargs)
@@ -189,6 +218,12 @@ class _RealIntegers(TorchDispatchMode):
                 return result
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+
+
+def _make(func, inputs: tuple) -> torch.Tensor:
+    """What ``func`` gives for these arguments, of which some are what makes a tensor."""
+    args, kwargs = tree_map_only(functools.partial, lambda make: make(), inputs)
+    return func(*args, **kwargs)
 
 
 def _with_positions(func, args: tuple) -> tuple:

@@ -14,6 +14,7 @@ Sharded over N GPUs (FSDP2, each decoder layer a unit, batches of its own) a GPU
 states, and beside them whole: the weights of the unit that runs, of the next one, which is fetched meanwhile, and the
 gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts. FSDP2's mixed
 precision gathers FP32 weights as BF16: then no copies of them are among the activations, as autocast makes them.
+Of converted linears it gathers FP8 codes (:mod:`hf_coat.modules.gather`).
 """
 
 import math
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .memory import MemoryBreakdown, distinct_bytes, fake_twin, tensors_of
+from .modules import gathered_as_codes
 from .optim import GradientRelease
 
 ALIGNMENT = 512  # the CUDA allocator rounds every request up to a multiple of this
@@ -274,15 +276,19 @@ def _states(optimizer: Optimizer) -> list[torch.Tensor]:
 def _whole_units(model: nn.Module, units: tuple[str, ...], gather: torch.dtype | None) -> int:
     """What a GPU holds unsharded: two units' weights and one unit's gradients; the root is a unit of its own."""
 
-    def size(params: list[nn.Parameter]) -> int:
-        if gather is None:
-            return distinct_bytes(params)
-        wide = distinct_bytes([p for p in params if p.dtype == torch.float32])
-        return distinct_bytes(params) - wide + wide * gather.itemsize // 4
+    codes = set(gathered_as_codes(model))
+
+    def values(params: list[nn.Parameter]) -> int:
+        return sum(p.numel() * (gather if gather and p.dtype == torch.float32 else p.dtype).itemsize for p in params)
+
+    def gathered(params: list[nn.Parameter]) -> int:
+        scales = torch.float32.itemsize
+        coded = [p for p in params if p in codes]
+        return values([p for p in params if p not in codes]) + sum(p.numel() + scales * p.shape[0] for p in coded)
 
     wrapped = [module for module in model.modules() if type(module).__name__ in units]
     inside = {id(p) for module in wrapped for p in module.parameters()}
     groups = [list(module.parameters()) for module in wrapped]
     groups.append([p for p in model.parameters() if id(p) not in inside])
-    weights = sorted((size(group) for group in groups), reverse=True)
-    return sum(weights[:2]) + max(size([p for p in group if p.requires_grad]) for group in groups)
+    weights = sorted(map(gathered, groups), reverse=True)
+    return sum(weights[:2]) + max(values([p for p in group if p.requires_grad]) for group in groups)

@@ -122,10 +122,12 @@ def costly_down_projections(monkeypatch) -> None:
     monkeypatch.setattr(Probe, "_figures", figures)
 
 
-def test_a_run_without_findings(tmp_path):
+def test_a_run_without_findings(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
     made = trainer(tmp_path, 3)
     before = hooks(made.model)
     made.train()
+    assert "Memory of one training step" in caplog.text and "no estimate of the memory" not in caplog.text
     assert list(callback(made).record["probe"]) == ["1", "2"] and callback(made).probe is None
     assert callback(made).record["probe"]["1"]["language"]["text"]["error"] == pytest.approx(ROUNDING, rel=0.15)
     assert hooks(made.model) == before, "something was left behind"

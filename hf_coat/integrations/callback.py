@@ -185,10 +185,9 @@ class CoatCallback(TrainerCallback):
                     self.record["speedup"] = found
                     if told and found["factor"] < 1:
                         logger.warning(f"COAT: {in_words(found)}")
-            if kept:  # of floats the shapes, of integers the values, which models look into
+            if kept:  # with the values, which models look into: token ids, images that are padding
                 there = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-                copies = {k: v.detach().to("meta" if v.is_floating_point() else "cpu") for k, v in there.items()}
-                self._batch = inputs | copies
+                self._batch = inputs | {k: v.detach().cpu() for k, v in there.items()}
 
         self._first_batch = model.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -317,10 +316,7 @@ class CoatCallback(TrainerCallback):
 
         An estimate that fails, for whatever a model does on tensors without memory, may not end a training.
         """
-        batch = {
-            k: v.to(args.device) if isinstance(v, torch.Tensor) and not v.is_meta else v
-            for k, v in self._batch.items()
-        }
+        batch = {k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in self._batch.items()}
         ours = self.coat.optimizer if isinstance(optimizer, CoatOptimizer) else None
         mixed = AcceleratorState().mixed_precision == "bf16"
         try:

@@ -115,28 +115,37 @@ def largest_batch(
 ) -> int:
     """The most sequences on a GPU that a card of :data:`hf_coat.peak.CARDS` holds; 0 where it holds not even one.
 
-    The peak grows with the batch along pieces of straight lines, so two estimates say about where to look.
+    The peak is the most of several sums, each of which grows with the batch along a straight line. So a line through
+    two batches lies nowhere above it but between them: what does not fit by such a line does not fit.
 
     Args:
         known: By batch what :func:`estimates` said of it before; what is asked for here is added.
         gpus: Numbers of GPUs that will be asked about too, and are estimated together with this one.
     """
-    low, high, guess = 0, None, training.batch
+    low, high, guess, room = 0, None, training.batch, int(CARDS[card] * 2**30)
+
+    def reach(a: int, b: int) -> int:
+        """The last batch that fits by the line through two."""
+        return b + (room - needed[b]) * (b - a) // max(1, needed[b] - needed[a])
+
     while high is None or high - low > 1:
         if guess not in known:
             known[guess] = estimates(replace(training, batch=guess), {training.gpus, *gpus})
-        steps = {batch: found[training.gpus] for batch, found in sorted(known.items())}
-        fitting = [batch for batch, step in steps.items() if step.fits(card)]
-        low, high = max(fitting, default=0), min(steps.keys() - fitting, default=None)
-        if len(steps) < 2:
-            guess = 2 * low if low else max(1, high // 2)
-            continue
-        a, b = min(steps), max(steps)
-        slope = (steps[b].needed() - steps[a].needed()) / (b - a)
-        reach = b + (CARDS[card] * 2**30 - steps[b].needed()) / slope if slope > 0 else 2 * b
-        # between what is known to fit and what is known not to; if both sides of the guess are, it is proven
-        guess = min(max(int(reach), low + 1), 2 * max(low, b) if high is None else high - 1)
-        guess = max(guess, 1)
+        needed = {batch: found[training.gpus].needed() for batch, found in sorted(known.items())}
+        fit = [batch for batch in needed if needed[batch] <= room]
+        others = [batch for batch in needed if needed[batch] > room]
+        low, high = max(fit, default=0), min(others, default=None)
+        if len(fit) > 1:
+            last = max(reach(*fit[-2:]), low)
+            high = last + 1 if high is None else min(high, last + 1)
+        if len(others) > 1:
+            high = min(high, max(reach(*others[:2]), low) + 1)
+        if high is None:
+            guess = 2 * low
+        elif low and others:  # between these two the line lies above the peak: half-way from what fits by it
+            guess = (min(max(reach(low, others[0]), low + 1), high - 1) + high - 1) // 2
+        else:
+            guess = min(high - 1, 4 * low) if low else high // 2
     return low
 
 

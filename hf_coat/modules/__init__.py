@@ -2,7 +2,7 @@
 
 from .attention import AttentionState, CoatAttention, has_plain_rotary, is_attention
 from .converted import Converted, convert
-from .gather import gather_codes, gather_values
+from .gather import gather_codes, gather_values, gathered_as_codes
 from .linear import CoatFrozenLinear, CoatLinear, Merged
 from .lora import CoatLora, LoraState
 from .loss import CoatHead, fuse_loss, heads, unfuse_loss
@@ -27,6 +27,7 @@ __all__ = [
     "fuse_loss",
     "gather_codes",
     "gather_values",
+    "gathered_as_codes",
     "has_plain_rotary",
     "heads",
     "is_attention",

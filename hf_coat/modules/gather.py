@@ -327,3 +327,9 @@ def gather_codes(model: nn.Module) -> list[CoatLinear]:
     if gather.sources:
         model.register_forward_pre_hook(gather)
     return list(gather.sources)
+
+
+def gathered_as_codes(model: nn.Module) -> list[nn.Parameter]:
+    """The weights in ``model`` whose codes FSDP2 gathers, if it shards it: a byte a value, and four bytes a row."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return [linear.weight for hook in hooks if isinstance(hook, CodeGather) for linear in hook.sources]

@@ -443,6 +443,26 @@ def test_several_images_in_a_sample(name):
     assert_trains_as_before(build(vlm.config), inputs)
 
 
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_images_of_padding_take_no_memory(name):
+    """These models leave out images that are all zeros, and how many are left decides how much is kept."""
+    model, inputs = build(VLMS[name].config), batch(name)
+    hf_coat.apply_coat(model)
+    padding = torch.zeros(2, 3, *inputs["pixel_values"].shape[2:])
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], padding], dim=1)
+    before = inputs["pixel_values"].clone()
+    with torch.autocast("cpu", torch.bfloat16):  # the images are cast before they are looked at
+        predicted = memory.predict(model, inputs).activations
+        assert predicted == memory.measure(model, inputs, torch.optim.SGD(model.parameters())).activations
+        inputs["pixel_values"] = before[:, :1]
+        assert predicted == memory.predict(model, inputs).activations
+    model.bfloat16()
+    inputs["pixel_values"] = before
+    predicted = memory.predict(model, inputs).activations
+    assert predicted == memory.measure(model, inputs, torch.optim.SGD(model.parameters())).activations
+    assert torch.equal(inputs["pixel_values"], before)
+
+
 def test_dynamic_resolution_and_video():
     """Qwen's images have any number of patches; two in one sample, none in the other, then a video of two frames."""
     model, draws = build(VLMS["qwen2_5_vl"].config), torch.Generator().manual_seed(0)
