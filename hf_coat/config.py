@@ -380,7 +380,9 @@ class HfCoatConfig:
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write ``coat_config.json`` into a folder, which is made if need be."""
         os.makedirs(save_directory, exist_ok=True)
-        Path(save_directory, CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        part = Path(save_directory, f"_{CONFIG_NAME}.part")  # a process that dies leaves no half of a file
+        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        part.replace(part.with_name(CONFIG_NAME))
 
     @classmethod
     def from_pretrained(

@@ -14,21 +14,27 @@ from transformers import TrainingArguments
 from transformers import trainer as hf_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..config import CONFIG_NAME
 from .callback import logger
 
 # What torch.save writes into a checkpoint: archives, whose table of contents is at their end.
 SAVED_BY_TORCH = ("optimizer.", "scheduler.", "scaler.", "rng_state", "pytorch_model_fsdp.")
 
 
-def flaw(checkpoint: str) -> str | None:
+def flaw(checkpoint: str, on_each_node: bool = False) -> str | None:
     """What shows that a checkpoint was not written to its end; None if nothing does.
 
     Files are looked at no further than their format tells of their length: tensors are not read.
+
+    Args:
+        checkpoint: Its folder.
+        on_each_node: ``args.save_on_each_node``: the files of other nodes' processes are elsewhere.
     """
     names = sorted(os.listdir(checkpoint))
     if hf_trainer.TRAINER_STATE_NAME not in names:
         return f"it lacks {hf_trainer.TRAINER_STATE_NAME}"
-    if [name for name in names if name.startswith("rng_state_")] == ["rng_state_0.pth"]:  # one process has no number
+    ranks = [name for name in names if name.startswith("rng_state_")]
+    if ranks == ["rng_state_0.pth"] and not on_each_node:  # the file of a single process has no number
         return "it lacks rng_state_1.pth"
     return next((f"{name} is cut off" for name in names if not _is_whole(os.path.join(checkpoint, name))), None)
 
@@ -40,21 +46,21 @@ def _is_whole(file: str) -> bool:
         if file.endswith(".safetensors"):
             with safe_open(file, "pt"):
                 pass
-        elif file.endswith(hf_trainer.TRAINER_STATE_NAME):
+        elif file.endswith((hf_trainer.TRAINER_STATE_NAME, CONFIG_NAME)):
             with open(file, encoding="utf-8") as stream:
                 json.load(stream)
-    except (SafetensorError, json.JSONDecodeError):
+    except (SafetensorError, ValueError):  # which bad JSON and bad UTF-8 are
         return False
     return True
 
 
-def last_whole(folder: str) -> tuple[str | None, dict[str, str]]:
+def last_whole(folder: str, on_each_node: bool = False) -> tuple[str | None, dict[str, str]]:
     """The newest checkpoint in a run's folder that was written to its end, and the flaws of those that are newer."""
     steps = (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name) for name in os.listdir(folder))
     flaws = {}
     for step in sorted((int(match[1]) for match in steps if match), reverse=True):
         checkpoint = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        found = flaw(checkpoint)
+        found = flaw(checkpoint, on_each_node)
         if found is None:
             return checkpoint, flaws
         flaws[checkpoint] = found
@@ -73,9 +79,9 @@ def to_resume_from(args: TrainingArguments, asked: str | bool | None, tells: boo
         ValueError: For a checkpoint, named or the only ones, that was not written to its end.
     """
     if asked is True and os.path.isdir(args.output_dir):
-        return _chosen(args.output_dir, tells)
+        return _chosen(args, tells)
     if isinstance(asked, str) and os.path.isdir(asked):
-        found = flaw(asked)
+        found = flaw(asked, args.save_on_each_node)
         if found is not None:
             raise ValueError(
                 f"the checkpoint {asked} was not written to its end, {found}: name an older one, or take the last "
@@ -84,12 +90,12 @@ def to_resume_from(args: TrainingArguments, asked: str | bool | None, tells: boo
     return asked
 
 
-def _chosen(folder: str, tells: bool) -> str | bool:
+def _chosen(args: TrainingArguments, tells: bool) -> str | bool:
     """The checkpoint to resume from; True where there is none at all, which transformers has a message for."""
-    checkpoint, flaws = last_whole(folder)
+    checkpoint, flaws = last_whole(args.output_dir, args.save_on_each_node)
     said = "; ".join(f"{newer}: {found}" for newer, found in flaws.items())
     if checkpoint is None and flaws:
-        raise ValueError(f"no checkpoint in {folder} was written to its end ({said}): start a new run")
+        raise ValueError(f"no checkpoint in {args.output_dir} was written to its end ({said}): start a new run")
     if flaws and tells:
         logger.warning(f"training is resumed from {checkpoint}; what is newer was not written to its end ({said})")
     return True if checkpoint is None else checkpoint

@@ -150,7 +150,7 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
 def _resume_from_whole(trainer_class: type) -> None:
     """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end."""
     own = trainer_class.train
-    if hasattr(own, "__wrapped__"):
+    if getattr(own, "checks_checkpoints", False):
         return
 
     @functools.wraps(own)
@@ -159,6 +159,7 @@ def _resume_from_whole(trainer_class: type) -> None:
             resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
         return own(self, resume_from_checkpoint, *args, **kwargs)
 
+    train.checks_checkpoints = True
     trainer_class.train = train
 
 

@@ -210,6 +210,11 @@ class CodeGather:
     def __call__(self, model: nn.Module, args) -> None:
         if torch.compiler.is_compiling():
             return
+        if any(type(module) is not CoatLinear for module in self.sources):  # a part of the model was taken back
+            self.release()
+            self.sources = {module: source for module, source in self.sources.items() if type(module) is CoatLinear}
+            if not self.sources:
+                return
         if self.waiting is None:
             first = next(iter(self.sources))
             if not (hasattr(model, "_get_fsdp_state") or hasattr(first.weight, "device_mesh")):
@@ -217,10 +222,26 @@ class CodeGather:
             self.waiting = self._find(model)
             hooks = model._forward_pre_hooks
             hooks.move_to_end(next(key for key, hook in hooks.items() if hook is self), last=False)
+        early = self._reshard_early()
         if self.waiting:
             self._take()
         for rows in self.rows:
             rows.agree()
+        for group in early:
+            group.unshard()
+            group.wait_for_unshard()
+
+    def _reshard_early(self) -> list:
+        """Undo the gathering of values that came before this hook, in the very first forward, and return its groups: a
+        run that is resumed begins with codes, as it would have gone on."""
+        early = [
+            group
+            for group, shards in self.waiting
+            if not group.is_sharded and not any(_has_gradients(shard.param) for shard in shards)
+        ]
+        for group in early:
+            group._to_sharded()  # reshard() does nothing in the forward of the root
+        return early
 
     def _find(self, model: nn.Module) -> list:
         """The weights that can be gathered as codes, by group."""
@@ -230,7 +251,12 @@ class CodeGather:
         for group in _groups(model):
             for param in group.fsdp_params:
                 module = param._module_info.module
-                if module in self.sources and param._module_info.param_name == "weight":
+                if (
+                    type(module) is CoatLinear
+                    and module in self.sources
+                    and param._module_info.param_name == "weight"
+                    and not hasattr(param, "coat_shard")  # then another hook answers for it
+                ):
                     why = "torch.compile does not see through it" if compiled else _why_not(group, param)
                     if why is None:
                         found[module] = group, param
@@ -319,6 +345,9 @@ def gather_values(model: nn.Module) -> None:
 
 def gather_codes(model: nn.Module) -> list[CoatLinear]:
     """Let FSDP2, if it comes to shard this converted model, gather the codes of its linears' weights.
+
+    The model itself or layers in it must be FSDP2's units; of a larger module around it as the only unit the values
+    are gathered, before this can be seen.
 
     Returns:
         The linears. Weights that are stored as FP8 are not among them: codes are all that there is.

@@ -184,7 +184,7 @@ class _Count:
         self.number = torch.empty((), dtype=torch.int64, pin_memory=True)
         self.number.copy_((labels[..., 1:] != IGNORED).sum(), non_blocking=True)
         self.copied = torch.cuda.Event()
-        self.copied.record()
+        self.copied.record(torch.cuda.current_stream(labels.device))
 
     def of(self, labels: torch.Tensor, ignore_index: int) -> int | None:
         """The count, if these are the labels that were counted."""
@@ -211,7 +211,7 @@ class _LabelsSeen:
         labels = args[self.position] if len(args) > self.position else kwargs.get("labels")
         self.seen, self.count = labels is not None, None
         real = type(labels) is torch.Tensor and labels.is_cuda and not torch.cuda.is_current_stream_capturing()
-        if real and model.training and torch.is_grad_enabled():
+        if real and not labels.is_inference() and model.training and torch.is_grad_enabled():
             self.count = _Count(labels)
 
     def take(self) -> bool:

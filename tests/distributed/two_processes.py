@@ -321,7 +321,18 @@ def gathered_saved(folder, rank, sharded):
     train_llama(other, second, 1, other.set_requires_gradient_sync)  # so that codes were gathered of other values
     load(folder / "codes-gathered", other, second)
     again = train_llama(other, second, 0, other.set_requires_gradient_sync)
-    return {"losses": losses, "again": again, "full": full, "pieces": sorted(pieces)}
+
+    runs = {}  # FSDP2's root has all weights, and has them gathered when the first forward begins
+    for name in ("stopped", "resumed"):
+        whole, _ = made_llama("fp8", whole=True, mp_policy=BF16_COMPUTE)
+        third = CoatAdamW(whole.parameters(), lr=1e-2)
+        if name == "resumed":
+            load(folder / "codes-whole", whole, third)
+        else:
+            train_llama(whole, third, 0, whole.set_requires_gradient_sync)
+            save(folder / "codes-whole", whole, third)
+        runs[name] = train_llama(whole, third, 0, whole.set_requires_gradient_sync)
+    return {"losses": losses, "again": again, "full": full, "pieces": sorted(pieces), "whole": runs}
 
 
 def gathered_undone(folder, rank, sharded):
@@ -360,6 +371,17 @@ def gathered_undone(folder, rank, sharded):
     read["bytes"] = [*counted.bytes]
     plain = llama()
     remove_coat(plain)
+
+    apply_coat(model)
+    model(**tokens(0)).loss.backward()
+    model.zero_grad()
+    remove_coat(model.model.layers[0])  # a part: its linears read values again
+    handle = q_proj.register_forward_pre_hook(lambda module, args: read.update(part=type(module.weight).__name__))
+    model(**tokens(0)).loss.backward()
+    handle.remove()
+    read["other part"] = sum(type(m).__name__ == "CoatLinear" for m in model.modules())
+    model.zero_grad()
+    remove_coat(model)
 
     apply_coat(model, CoatConfig(modules_to_not_convert=["q_proj"]))  # as the probe does in the middle of a run
     counted.bytes.clear()

@@ -115,7 +115,7 @@ def test_a_run(table, tools, heard, tmp_path, batch, factor):
     warned = [line for line in heard.lines if "as fast as in BF16" in line]
     assert len(warned) == (factor < 1) and all("use larger batches" in line and device in line for line in warned)
     assert f"about {factor:.2f}x as fast" in run_section(read_run(tmp_path))
-    assert len(model._forward_pre_hooks) == len(hooks) + 1, "all that is left is the fused loss's"
+    assert len(model._forward_pre_hooks) == len(hooks) + 2, "all that is left is the fused loss's, and FSDP2's"
 
 
 def test_a_run_on_another_gpu(table, tools, heard, tmp_path):

@@ -434,10 +434,21 @@ def truncate(path):
         (lambda c: (c / "trainer_state.json").unlink(), ValueError, "it lacks trainer_state.json.*name an older one"),
         (lambda c: truncate(c / "trainer_state.json"), ValueError, "trainer_state.json is cut off"),
         (lambda c: truncate(c / "optimizer.pt"), ValueError, "optimizer.pt is cut off"),
+        (lambda c: truncate(c / "coat_config.json"), ValueError, "coat_config.json is cut off"),
+        (lambda c: (c / "trainer_state.json").write_bytes(b"\xff{}"), ValueError, "trainer_state.json is cut off"),
         (lambda c: (c / "optimizer.pt").unlink(), ValueError, "step 2.*no optimizer states.*lacks optimizer.pt"),
         (lambda c: (c / "scheduler.pt").unlink(), ValueError, "step 2.*no optimizer states.*or scheduler.pt"),
     ],
-    ids=["weights cut", "no trainer state", "trainer state cut", "optimizer cut", "no optimizer", "no scheduler"],
+    ids=[
+        "weights cut",
+        "no trainer state",
+        "trainer state cut",
+        "optimizer cut",
+        "config cut",
+        "no text",
+        "no optimizer",
+        "no scheduler",
+    ],  # fmt: skip
 )
 def test_a_half_written_checkpoint_is_refused_and_left_as_it_is(
     make, tools, tmp_path, killed_runs, damage, error, message
