@@ -5,8 +5,8 @@
     python examples/sft.py --coat lean --model_name_or_path MODEL --dataset_name DATASET ...                # yours
 
 The first two need no download. A dataset has rows of ``messages``, of ``prompt`` and ``completion``, or of ``text``.
-Every option of ``transformers.TrainingArguments`` works. Without ``--coat`` the training is the one you know. Started by
-``accelerate launch`` it trains in several processes; memory is then not measured, nor COAT summarized at the end.
+Every option of ``transformers.TrainingArguments`` works. Without ``--coat`` the training is the one you know.
+Started by ``accelerate launch`` it trains in several processes; the summary at the end is then left out.
 """
 
 import dataclasses
