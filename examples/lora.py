@@ -154,10 +154,12 @@ def main():
         return
     bf16 = None
     if script_args.compare_bf16:
-        print("=== BF16 base", flush=True)
+        if args.process_index == 0:
+            print("=== BF16 base", flush=True)
         plain = dataclasses.replace(args, coat=None, optim="adamw_torch", output_dir=f"{args.output_dir}/bf16")
         bf16 = train(script_args, plain)
-        print("=== FP8 base: the same model, data and seed", flush=True)
+        if args.process_index == 0:
+            print("=== FP8 base: the same model, data and seed", flush=True)
     coat = train(script_args, args)
     if args.world_size == 1:
         summarize(coat, bf16)

@@ -6,6 +6,7 @@
 
 The first two need no download. A dataset has rows of ``messages``, of ``prompt`` and ``completion``, or of ``text``.
 Every option of ``transformers.TrainingArguments`` works. Without ``--coat`` the training is the one you know.
+Started by ``accelerate launch`` it trains in several processes; the summary at the end is then left out.
 """
 
 import dataclasses
@@ -182,10 +183,12 @@ def main():
         return
     bf16 = None
     if script_args.compare_bf16:
-        print("=== BF16 AdamW", flush=True)
+        if args.process_index == 0:
+            print("=== BF16 AdamW", flush=True)
         plain = dataclasses.replace(args, coat=None, optim="adamw_torch", output_dir=f"{args.output_dir}/bf16")
         _, bf16 = train(script_args, plain)
-        print("=== COAT: the same model, data and seed", flush=True)
+        if args.process_index == 0:
+            print("=== COAT: the same model, data and seed", flush=True)
     trainer, coat = train(script_args, args)
     if args.world_size == 1:
         summarize(trainer, coat, bf16)
