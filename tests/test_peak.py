@@ -121,7 +121,8 @@ def test_what_moves_it():
     assert of(accumulate=True).at_peak["gradients"] >= full.gradients
     shared = of(gpus=4, dtype="bfloat16")
     assert full.weights / 4 <= shared.weights < full.weights / 4 + 512 * 40
-    assert shared.at_peak["whole units"] > 0 and shared.activations == full.activations
+    unfused = of(coat={"model": {"fuse_loss": False}})  # as the head is that accelerate shards by itself
+    assert shared.at_peak["whole units"] > 0 and full.activations < shared.activations == unfused.activations
     assert estimates(Training(LLAMA, batch=2, length=64, dtype="bfloat16"), (1, 4)) == {1: full, 4: shared}
     assert of(dtype="float32").weights == pytest.approx(2 * full.weights, rel=0.02)  # buffers are float32 anyway
     assert plain.logits > full.logits
