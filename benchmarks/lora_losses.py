@@ -112,17 +112,23 @@ def show(row: dict) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """The losses of the peers over the steps."""
+    """The losses of the peers over the steps, and how far they are from those of the first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for row in rows:
-        if "losses" in row:
-            axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=1, label=row["peer"])
-    axes.set(xlabel="step", ylabel="training loss, nats a token")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    whole, beside = figure.subplots(1, 2)
+    rows = [row for row in rows if "losses" in row]
+    for i, row in enumerate(rows):
+        steps = range(1, len(row["losses"]) + 1)
+        whole.plot(steps, row["losses"], linewidth=len(rows) - i, label=row["peer"], color=f"C{i}")
+        if i:
+            apart = [loss - first for loss, first in zip(row["losses"], rows[0]["losses"], strict=True)]
+            beside.plot(steps, apart, linewidth=1, label=f"{row['peer']} - {rows[0]['peer']}", color=f"C{i}")
+    whole.set(xlabel="step", ylabel="training loss, nats a token")
+    beside.set(xlabel="step", ylabel="difference, nats a token")
+    for axes in (whole, beside):
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def parse() -> argparse.Namespace:

@@ -174,6 +174,8 @@ def test_gradients_that_are_released(monkeypatch):
     assert predict(model, batch, optimizer=optimizer).gradients == largest
     with pytest.raises(ValueError, match="gradient_release=True steps each parameter in every backward"):
         of(coat=recipe, accumulate=True)
+    with pytest.raises(ValueError, match="not estimated for 4 GPUs.*leave it out"):
+        of(accumulate=True, gpus=4)
 
 
 @pytest.mark.parametrize("config", [LLAVA, QWEN2_VL, GEMMA3], ids=lambda config: config.model_type)
