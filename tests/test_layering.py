@@ -41,7 +41,16 @@ FOREIGN = {
     "hf_coat.config": {"torch", "transformers", "packaging"},
     "hf_coat.plots": {"matplotlib"},
     "hf_coat.report": {"rich"},
-    "hf_coat.integrations": {"torch", "transformers", "accelerate", "huggingface_hub", "peft", "trl", "safetensors"},
+    "hf_coat.integrations": {
+        "torch",
+        "transformers",
+        "accelerate",
+        "huggingface_hub",
+        "packaging",
+        "peft",
+        "trl",
+        "safetensors",
+    },
 }
 
 
