@@ -93,7 +93,10 @@ def main() -> None:
         return
     about = {name: value for name, value in environment().items() if name not in ("gpu", "cuda", "triton")}
     about |= {"card": options.card, "length": LENGTH, "shapes": SHAPES}
-    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    before = json.loads(options.json.read_text()) if options.json and options.json.exists() else about | {"rows": []}
+    if before["card"] != options.card:
+        parser.error(f"{options.json} is of cards of {before['card']} GB: write those of {options.card} GB elsewhere")
+    rows = before["rows"]
     there = {(row["model"], row["recipe"]) for row in rows}
     names = [(name, recipe) for name in options.only for recipe in RECIPES if (name, recipe) not in there]
     shared = [[value] * len(names) for value in (options.gpus, options.card)]
