@@ -102,7 +102,8 @@ def quantize_cases(device: str, tokens: int, hidden: int, wide: int) -> Iterator
             f"quantize {many} of {shape[0]} x {shape[1]} as {'columns' if dim else 'rows, dithered'}",
             partial(ck.quantize, parts, dim=dim, dither=dim == 0),
             partial(
-                quantize_ref, parts, E4M3, "token", 0, True, None, True, False, torch.float32, dim, dim == 0
+                quantize_ref, parts, E4M3, "token", 0, True, None, True, False, torch.float32, dim,
+                None if dim else parts[-1][-1],
             ),
             parts,
         )  # fmt: skip

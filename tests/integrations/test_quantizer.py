@@ -94,6 +94,7 @@ def test_train_save_reload(plain_folder, tmp_path, tools):
             "group_size": 128,
             "scale_format": "e8m0",
             "cache_weights": True,
+            "fsdp_all_gather": "fp8",
             "frozen_weights": "auto",
             "fuse_loss": True,
         }
