@@ -1,6 +1,7 @@
 """The models that peers.py measures, and what each peer makes of them."""
 
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -247,3 +248,13 @@ class StepClock(TrainerCallback):
             return [(end - start) * 1e3 for start, end in pairs]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
+
+    def figures(self, warmup: int, traced: int = 0) -> dict[str, float]:
+        """Median, spread and number of the steps behind the first ``warmup``, without the last ``traced``."""
+        times = self.milliseconds()
+        times = times[max(0, warmup - 1) : len(times) - traced]
+        return {
+            "ms": statistics.median(times),
+            "spread_ms": max(times) - min(times),
+            "steps_measured": len(times),
+        }

@@ -165,14 +165,11 @@ def run_step(name: str, options) -> dict:
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         loss = trainer.train().training_loss
-    times = clock.milliseconds()[max(0, options.warmup - 1) :]
-    ms, parameters = statistics.median(times), sum(p.numel() for p in model.parameters())
+    steps, parameters = clock.figures(options.warmup), sum(p.numel() for p in model.parameters())
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     return {
-        "ms": ms,
-        "spread_ms": max(times) - min(times),
-        "steps_measured": len(times),
-        "tokens_per_second": options.batch * options.length / (ms * 1e-3),
+        **steps,
+        "tokens_per_second": options.batch * options.length / (steps["ms"] * 1e-3),
         "peak_gib": peak_gib(),
         "parameters": parameters,
         "state_bytes_per_parameter": sum(t.nbytes for t in states if torch.is_tensor(t)) / parameters,

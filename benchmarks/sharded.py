@@ -17,7 +17,6 @@ import math
 import os
 import shlex
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -94,7 +93,7 @@ def through_trainer(peer: Peer, options) -> dict:
         )  # fmt: skip
         reset_peak()
         loss = trainer.train().training_loss
-    return figures(clock.milliseconds()[:-1], traced.profiler, trainer.model, loss, options)
+    return figures(clock, traced.profiler, trainer.model, loss, options)
 
 
 def torchao_fsdp2(peer: Peer, options) -> dict:
@@ -138,7 +137,7 @@ def torchao_fsdp2(peer: Peer, options) -> dict:
         losses.append(loss.detach())
         clock.on_step_end(None, None, None)
     traced.stop()
-    return figures(clock.milliseconds()[:-1], traced.profiler, model, torch.stack(losses).mean().item(), options)
+    return figures(clock, traced.profiler, model, torch.stack(losses).mean().item(), options)
 
 
 PEERS = {
@@ -190,15 +189,12 @@ def collectives(profiler: profile) -> dict[str, int]:
     return dict(total)
 
 
-def figures(times: list[float], profiler: profile, model: nn.Module, loss: float, options) -> dict:
+def figures(clock: StepClock, profiler: profile, model: nn.Module, loss: float, options) -> dict:
     """A peer's row."""
-    times = times[max(0, options.warmup - 1) :]
-    ms = statistics.median(times)
+    steps = clock.figures(options.warmup, traced=1)
     return {
-        "ms": ms,
-        "spread_ms": max(times) - min(times),
-        "steps_measured": len(times),
-        "tokens_per_second_per_gpu": options.batch * options.length / (ms * 1e-3),
+        **steps,
+        "tokens_per_second_per_gpu": options.batch * options.length / (steps["ms"] * 1e-3),
         "peak_gib": fullest_gib(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_in_collectives": collectives(profiler),
