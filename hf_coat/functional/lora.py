@@ -3,11 +3,11 @@
     forward             y = x_q @ w_q.T (FP8)    h = drop(x) @ a.T  [T, r]    y += scaling * h @ b.T
     kept                x_q (or nothing, where a Source gives x back) and h; never x
     input gradient      dx = dy_q @ w_qt.T (FP8)    u = scaling * dy @ b  [T, r]    dx += drop(u @ a)
-    adapter gradients   db = scaling * dy.T @ h     da = u.T @ drop(x), with x as its codes have it
+    adapter gradients   db = scaling * dy.T @ h     da = u.T @ drop(x), with x as it is made again
 
 The products of rank r are done in the dtype of the result, BF16 in training: they are bound by reading x and y, not by
 arithmetic. They add into what the FP8 product wrote. Linears that read the same input run as one, with one product
-for all their a, and x is made again once.
+for all their a, and x is made again once: from its codes, or by its Source in whatever way is closest to x.
 
 Of dropout nothing is kept but the seed that it was drawn with.
 """
@@ -60,17 +60,9 @@ class _Drop:
         return mask.bernoulli_(1 - self.p, generator=generator).mul_(x).div_(1 - self.p)
 
 
-def _input_again(scale, kept, rebuild, tokens, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, K] as its codes have it, from the codes or from their source, and a float32 factor [1, 1] if not 1."""
-    if rebuild is None:
-        return dequantize(kept[0], scale, dtype=dtype), None
-    top = scale.amax(dim=(0, 1), keepdim=True)
-    return rebuild(top, *kept).to(dtype).t()[:tokens], top
-
-
 class _CoatLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, codes, scale, keep, rebuild, cache, stored, grad_dtype, out_dtype, drops, scalings, *tensors):
+    def forward(ctx, x, codes, scale, keep, values, cache, stored, grad_dtype, out_dtype, drops, scalings, *tensors):
         """``tensors`` are weights, biases (or None), a and b of the adapters (or None), each one for each linear, then
         what is kept of the input if not codes."""
         many = len(scalings)
@@ -92,7 +84,7 @@ class _CoatLora(torch.autograd.Function):
             if b is not None:
                 y_i.addmm_(part, b.to(out_dtype).t(), alpha=scaling)
         ctx.save_for_backward(w_s, scale, h, *weights, *downs, *ups, *(kept if keep else ()))
-        ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.rebuild, ctx.cache = x.shape, x.dtype, ranks, rebuild, cache
+        ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.values, ctx.cache = x.shape, x.dtype, ranks, values, cache
         ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return results(y, x.shape, [w.shape[0] for w in weights])
@@ -137,13 +129,11 @@ class _CoatLora(torch.autograd.Function):
                 if a is not None:
                     dx.add_(_dropped(u @ a.to(dtype), drop))
         if any(needs_a):
-            x, factor = _input_again(x_s, kept, ctx.rebuild, len(h), dtype)
+            x = dequantize(kept[0], x_s, dtype=dtype) if ctx.values is None else ctx.values(dtype, *kept)
             if any(drops):
                 das = [u.t() @ _dropped(x, drop) for u, drop in zip(us, drops, strict=True)]
             else:
                 das = [joined.t() @ x]  # [sum r, K]
-            if factor is not None:  # a power of two; the product with it is in float32, as adapters mostly are
-                das = [da * factor for da in das]
             das = das if any(drops) else das[0].split(ctx.ranks)
             das = [da.to(a.dtype) if n else None for da, a, n in zip(das, downs, needs_a, strict=True)]
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
@@ -174,7 +164,8 @@ def coat_lora(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """``y = x @ weight.T + bias + scaling * drop(x) @ a.T @ b.T``, the frozen weight in FP8 with a scale per row.
 
-    The adapter's forward reads x as it is; its gradients are those of x rounded to FP8, which is what is kept.
+    The adapter's forward reads x as it is; its gradients are those of x as the backward has it: rounded to FP8, which
+    is what is kept, or, where another layer keeps what x is made from, made from that (an attention keeps x itself).
 
     Args:
         x: BF16 or FP32 [..., K].
@@ -194,10 +185,10 @@ def coat_lora(
     biases = (bias,) * many if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     keep = torch.is_grad_enabled() and any(a is not None and a.a.requires_grad for a in adapters)
     quantized = quantize_input(x, Granularity.TOKEN, POWER_OF_TWO, keep)
-    rebuild = None if quantized.source is None else quantized.source.rebuild
+    values = None if quantized.source is None else quantized.source.values
     drops = tuple(_Drop(a.dropout) if a is not None and a.dropout else None for a in adapters)
     return _CoatLora.apply(
-        x, quantized.codes, quantized.scale, keep, rebuild, cache if torch.is_grad_enabled() else None, stored,
+        x, quantized.codes, quantized.scale, keep, values, cache if torch.is_grad_enabled() else None, stored,
         grad_format.dtype, out_dtype, drops, tuple(0.0 if a is None else a.scaling for a in adapters), *weights,
         *biases, *(None if a is None else a.a for a in adapters), *(None if a is None else a.b for a in adapters),
         *quantized.kept,

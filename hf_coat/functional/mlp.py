@@ -19,6 +19,7 @@ from coat_kernels import (
     activation,
     activation_backward,
     activation_transposed,
+    activation_values,
     quantize,
     scaled_mm,
 )
@@ -59,6 +60,10 @@ def _codes_again(scale, kept_q, kept_s, *, act, gated, group_size):
     return activation_transposed(kept_q, kept_s, scale, act=act, gated=gated, group_size=group_size)
 
 
+def _values_again(dtype, kept_q, kept_s, *, act, gated, group_size):
+    return activation_values(kept_q, kept_s, act=act, gated=gated, group_size=group_size, dtype=dtype)
+
+
 def _show(x, up, made, gate: Gate) -> None:
     """Let the watcher see what is kept of the gate and up [T, I], and the codes of h where there are no values."""
     parts = [x] if up is None else [x, up]
@@ -84,8 +89,8 @@ class _CoatActivation(torch.autograd.Function):
         ctx.save_for_backward(made.kept_q, made.kept_s)
         ctx.x_shape, ctx.how = x.shape, {"act": act, "gated": up is not None, "group_size": group_size}
         if sources is not None:
-            rebuild = functools.partial(_codes_again, **ctx.how)
-            sources.append(Source(rebuild, (made.kept_q, made.kept_s), made.h_q, made.h_s, demand))
+            again = (functools.partial(f, **ctx.how) for f in (_codes_again, _values_again))
+            sources.append(Source(*again, (made.kept_q, made.kept_s), made.h_q, made.h_s, demand))
         return made.h.view(x.shape)
 
     @staticmethod

@@ -46,10 +46,11 @@ class Demand:
 
 @dataclass(eq=False)
 class Source:
-    """From what the transposed codes of a tensor can be made again, noted on that tensor by the layer that made it.
+    """From what a tensor [T, K] can be made again, noted on that tensor by the layer that made it.
 
     Args:
         rebuild: ``rebuild(scale, *tensors)`` gives codes [K, round_up(T, 16)] at one scale, float32 [1, 1].
+        values: ``values(dtype, *tensors)`` gives values [T, K], not always fresh ones.
         tensors: What it needs; the layer keeps them for its own backward anyway.
         codes: Codes [T, K] with a power-of-two scale per token, if they are made already.
         scale: Their scales, float32 [T, 1].
@@ -57,6 +58,7 @@ class Source:
     """
 
     rebuild: Callable[..., torch.Tensor]
+    values: Callable[..., torch.Tensor]
     tensors: tuple[torch.Tensor | None, ...]
     codes: torch.Tensor | None = None
     scale: torch.Tensor | None = None
