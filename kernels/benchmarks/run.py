@@ -100,6 +100,12 @@ def quantize_cases(device: str, tokens: int, hidden: int, wide: int) -> Iterator
             f"dequantize {tokens} x {width}", partial(ck.dequantize, x_q, x_s),
             partial(dequantize_ref, x_q, x_s, 0, torch.bfloat16), (x_q, x_s),
         )  # fmt: skip
+    parts = [ck.quantize(_random(wide, hidden, device=device))[::2] for _ in range(2)]  # stored weights of gate and up
+    x_q, x_s = [q for q, _ in parts], torch.cat([s for _, s in parts])
+    yield Case(
+        f"transpose 2 of {wide} x {hidden}", partial(ck.transpose, x_q, x_s), partial(transpose_ref, x_q, x_s),
+        (*x_q, x_s),
+    )  # fmt: skip
     # The gradients of q, k and v, whose tokens share a scale; weights of q, k and v, of gate and up.
     for shape, many, dim in (((tokens, hidden), 3, 1), ((hidden, hidden), 3, 0), ((wide, hidden), 2, 0)):
         parts = tuple(_random(*shape, device=device) for _ in range(many))
