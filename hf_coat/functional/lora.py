@@ -23,8 +23,8 @@ from .operands import (
     Weight,
     WeightCache,
     bits_and_scales,
+    forward_products,
     quantize_input,
-    quantize_weights,
     results,
     transposed_weights,
 )
@@ -68,12 +68,10 @@ class _CoatLora(torch.autograd.Function):
         many = len(scalings)
         weights, biases, downs, ups = (tensors[i * many : (i + 1) * many] for i in range(4))
         kept = tensors[4 * many :] or (codes,)
-        w_q, w_s = quantize_weights(weights, Granularity.TOKEN, POWER_OF_TWO, cache, stored)
-        bias = biases[0] if many == 1 or biases[0] is None else torch.cat(biases)
-        y = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)  # [T, sum N]
-        del w_q
+        ys, w_s = forward_products(
+            codes, scale, weights, biases, Granularity.TOKEN, POWER_OF_TWO, cache, stored, out_dtype
+        )
         flat = x.reshape(-1, x.shape[-1]).to(out_dtype)
-        ys = y.split([w.shape[0] for w in weights], dim=1)
         ranks = [0 if a is None else a.shape[0] for a in downs]
         if any(drops):
             pairs = [(a, drop) for a, drop in zip(downs, drops, strict=True) if a is not None]
@@ -86,8 +84,8 @@ class _CoatLora(torch.autograd.Function):
         ctx.save_for_backward(w_s, scale, h, *weights, *downs, *ups, *(kept if keep else ()))
         ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.values, ctx.cache = x.shape, x.dtype, ranks, values, cache
         ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return results(y, x.shape, [w.shape[0] for w in weights])
+        ctx.bias_dtype = None if biases[0] is None else biases[0].dtype
+        return results(ys, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
