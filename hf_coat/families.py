@@ -137,15 +137,14 @@ def refuse_tuner(module: nn.Module, name: str, child: nn.Module | None) -> None:
     Raises:
         ValueError: Naming the layer, the tuner and the option that keeps frozen weights in BF16.
     """
-    of_layer = hasattr(module, "adapter_layer_names")
-    tuner = module if of_layer else child
+    tuner = module if name == "base_layer" or "base_layer" in module._modules else child
     if name == "model" and type(module).__name__ in READ_FIRST:
         stored = next((m for m in child.modules() if isinstance(m, CoatFrozenLinear)), None)
         if stored is not None:
             raise ValueError(not_storable(stored.coat_name, _needs_weight(module)))
     if not hasattr(tuner, "adapter_layer_names"):
         return
-    base = child if of_layer and name == "base_layer" else getattr(tuner, "base_layer", None)
+    base = child if name == "base_layer" else getattr(tuner, "base_layer", None)
     while hasattr(base, "base_layer"):
         base = base.base_layer
     if not isinstance(base, CoatFrozenLinear):
