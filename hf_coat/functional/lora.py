@@ -73,14 +73,15 @@ class _CoatLora(torch.autograd.Function):
         )
         flat = x.reshape(-1, x.shape[-1]).to(out_dtype)
         ranks = [0 if a is None else a.shape[0] for a in downs]
+        joined_a, bs = _cast(downs, ups, ranks, out_dtype)
         if any(drops):
-            pairs = [(a, drop) for a, drop in zip(downs, drops, strict=True) if a is not None]
-            h = torch.cat([_dropped(flat, drop) @ a.to(out_dtype).t() for a, drop in pairs], dim=1)
+            parts = joined_a.split(ranks)
+            h = torch.cat([_dropped(flat, drop) @ a.t() for a, drop in zip(parts, drops, strict=True)], dim=1)
         else:
-            h = flat @ _joined(downs, out_dtype).t()  # [T, sum r]
-        for part, y_i, b, scaling in zip(h.split(ranks, dim=1), ys, ups, scalings, strict=True):
+            h = flat @ joined_a.t()  # [T, sum r]
+        for part, y_i, b, scaling in zip(h.split(ranks, dim=1), ys, bs, scalings, strict=True):
             if b is not None:
-                y_i.addmm_(part, b.to(out_dtype).t(), alpha=scaling)
+                y_i.addmm_(part, b.t(), alpha=scaling)
         ctx.save_for_backward(w_s, scale, h, *weights, *downs, *ups, *(kept if keep else ()))
         ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.values, ctx.cache = x.shape, x.dtype, ranks, values, cache
         ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
@@ -101,13 +102,13 @@ class _CoatLora(torch.autograd.Function):
         dx, das, dbs = None, [None] * many, [None] * many
         joined = h.new_empty(h.shape, dtype=dtype)  # all u, [T, sum r]
         us = joined.split(ctx.ranks, dim=1)
-        for dy, b, u, scaling in zip(dys, ups, us, scalings, strict=True):
+        joined_a, bs = _cast(downs, ups, ctx.ranks, dtype)
+        for dy, b, u, scaling in zip(dys, bs, us, scalings, strict=True):
             if b is not None:
-                u.addmm_(dy, b.to(dtype), beta=0, alpha=scaling)
+                u.addmm_(dy, b, beta=0, alpha=scaling)
         for i, part in enumerate(h.split(ctx.ranks, dim=1)):
             if needs_b[i]:
-                db = part.new_empty(ups[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
-                dbs[i] = db.to(ups[i].dtype)
+                dbs[i] = part.new_empty(ups[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
         biases = [
             dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted else None
             for dy, wanted in zip(dys, needs_bias, strict=True)
@@ -121,11 +122,11 @@ class _CoatLora(torch.autograd.Function):
             del dy_q, w_qt
         del dys
         if needs_dx and not any(drops):
-            dx.addmm_(joined, _joined(downs, dtype))
+            dx.addmm_(joined, joined_a)
         elif needs_dx:
-            for u, a, drop in zip(us, downs, drops, strict=True):
-                if a is not None:
-                    dx.add_(_dropped(u @ a.to(dtype), drop))
+            for u, a, drop in zip(us, joined_a.split(ctx.ranks), drops, strict=True):
+                if len(a):
+                    dx.add_(_dropped(u @ a, drop))
         if any(needs_a):
             x = dequantize(kept[0], x_s, dtype=dtype) if ctx.values is None else ctx.values(dtype, *kept)
             if any(drops):
@@ -133,7 +134,8 @@ class _CoatLora(torch.autograd.Function):
             else:
                 das = [joined.t() @ x]  # [sum r, K]
             das = das if any(drops) else das[0].split(ctx.ranks)
-            das = [da.to(a.dtype) if n else None for da, a, n in zip(das, downs, needs_a, strict=True)]
+            das = [da if needed else None for da, needed in zip(das, needs_a, strict=True)]
+        das, dbs = _like(das, downs), _like(dbs, ups)
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
         return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *das, *dbs, *[None] * (len(needs) - 4 * many)
 
@@ -141,10 +143,35 @@ class _CoatLora(torch.autograd.Function):
 _SETTINGS = 11  # arguments of _CoatLora before its tensors
 
 
-def _joined(downs: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-    """a of all adapters, one below the other: [sum r, K]."""
+def _cast(downs, ups, ranks, dtype) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """a of all adapters, one below the other [sum r, K], and b of each (or None), in ``dtype`` and by one copy."""
     there = [a for a in downs if a is not None]
-    return (there[0] if len(there) == 1 else torch.cat(there)).to(dtype)
+    a, bs = there[0], list(ups)
+    moved = []
+    if len(there) > 1 or a.dtype != dtype:
+        a = a.new_empty((sum(ranks), a.shape[1]), dtype=dtype)
+        moved += zip(a.split([r for r in ranks if r]), there, strict=True)
+    for i, b in enumerate(ups):
+        if b is not None and b.dtype != dtype:
+            bs[i] = torch.empty_like(b, dtype=dtype)
+            moved.append((bs[i], b))
+    _copy(moved)
+    return a, bs
+
+
+def _like(grads, parameters) -> list[torch.Tensor | None]:
+    """Gradients (or None) in the dtypes of their parameters, by one copy."""
+    made = [
+        g if g is None or g.dtype == p.dtype else torch.empty_like(p) for g, p in zip(grads, parameters, strict=True)
+    ]
+    _copy([(new, g) for new, g in zip(made, grads, strict=True) if new is not g])
+    return made
+
+
+def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy all (to, from) in one launch: there are many small ones in a layer."""
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _dropped(x: torch.Tensor, drop: _Drop | None) -> torch.Tensor:
