@@ -135,9 +135,9 @@ class _CoatLora(torch.autograd.Function):
                 das = [joined.t() @ x]  # [sum r, K]
             das = das if any(drops) else das[0].split(ctx.ranks)
             das = [da if needed else None for da, needed in zip(das, needs_a, strict=True)]
-        das, dbs = _like(das, downs), _like(dbs, ups)
+        grads = _like([*das, *dbs], [*downs, *ups])
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
-        return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *das, *dbs, *[None] * (len(needs) - 4 * many)
+        return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *grads, *[None] * (len(needs) - 4 * many)
 
 
 _SETTINGS = 11  # arguments of _CoatLora before its tensors
