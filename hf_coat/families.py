@@ -113,7 +113,8 @@ READ_FIRST = ("FrodModel", "TinyLoraModel")  # tuners that look at weights befor
 def refuse_tuner(module: nn.Module, name: str, child: nn.Module | None) -> None:
     """Stop PEFT where it builds an adapter layer that would read the codes of a stored weight as values.
 
-    A hook on the registration of modules, which :func:`watch_tuners` sets, so that ``get_peft_model`` itself fails.
+    A hook on the registration of modules, which :func:`watch_tuners` sets, so that ``get_peft_model`` itself fails;
+    and ``add_adapter`` on layers that are there, where a variant of LoRA registers what it needs before it reads.
 
     ============================  ====================================================================================
     On a base stored as FP8       Tuners of PEFT 0.21, each tried on a tiny Llama
@@ -136,14 +137,14 @@ def refuse_tuner(module: nn.Module, name: str, child: nn.Module | None) -> None:
     Raises:
         ValueError: Naming the layer, the tuner and the option that keeps frozen weights in BF16.
     """
-    tuner = module if name == "base_layer" else child
+    tuner = module if name == "base_layer" or "base_layer" in module._modules else child
     if name == "model" and type(module).__name__ in READ_FIRST:
         stored = next((m for m in child.modules() if isinstance(m, CoatFrozenLinear)), None)
         if stored is not None:
             raise ValueError(not_storable(stored.coat_name, _needs_weight(module)))
     if not hasattr(tuner, "adapter_layer_names"):
         return
-    base = child if tuner is module else getattr(tuner, "base_layer", None)
+    base = child if name == "base_layer" else getattr(tuner, "base_layer", None)
     while hasattr(base, "base_layer"):
         base = base.base_layer
     if not isinstance(base, CoatFrozenLinear):

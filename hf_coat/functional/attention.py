@@ -88,6 +88,10 @@ def _from_values(scale, x):
     return quantize(x, E4M3, Granularity.TENSOR, scale=scale, codes=False, transposed=True)[1]
 
 
+def _the_values(dtype, x):
+    return x.to(dtype)
+
+
 def keep_attention(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     query: torch.Tensor,
@@ -117,7 +121,8 @@ def keep_attention(
         value = _Compact.apply(value)
     out = attend(query, key, value)
     if out._base is not None and out.is_contiguous():  # another view of what the kernel has saved
-        Source(_from_values, (out.detach().flatten(2).flatten(0, 1),)).note_on(out, out.shape[2:].numel())
+        kept = (out.detach().flatten(2).flatten(0, 1),)
+        Source(_from_values, _the_values, kept).note_on(out, out.shape[2:].numel())
     return out
 
 

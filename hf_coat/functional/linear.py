@@ -9,8 +9,9 @@ A product that adds up over tokens has one scale for all of them. With scales pe
 largest scale while they are transposed: exactly, for the scales are powers of two (see coat_kernels.transpose). With
 one scale per tensor (the COAT paper, arXiv 2410.19313 section 4) the input's transposed codes are what is kept.
 
-Linears that read the same input (q, k and v) run as one: one product forward, one for the input gradient, whose codes
-share a scale per token, and one for the gradients of all weights.
+Linears that read the same input (q, k and v) run as one: one product forward (unless the codes of their weights lie
+apart in memory already), one for the input gradient, whose codes share a scale per token, and one for the gradients of
+all weights.
 """
 
 from collections.abc import Sequence
@@ -23,8 +24,8 @@ from .operands import (
     Weight,
     WeightCache,
     bits_and_scales,
+    forward_products,
     quantize_input,
-    quantize_weights,
     results,
     transposed_weights,
 )
@@ -68,14 +69,12 @@ class _CoatLinear(torch.autograd.Function):
         """``tensors`` are ``many`` weights, as many biases (or None), then what is kept of the input if not codes;
         ``stored`` are the scales of weights that are codes, else None."""
         weights, biases, kept = tensors[:many], tensors[many : 2 * many], tensors[2 * many :] or (codes,)
-        w_q, w_s = quantize_weights(weights, granularity, power_of_two, cache, stored)
-        bias = biases[0] if many == 1 or biases[0] is None else torch.cat(biases)
-        y = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)
+        ys, w_s = forward_products(codes, scale, weights, biases, granularity, power_of_two, cache, stored, out_dtype)
         ctx.save_for_backward(w_s, scale, *weights, *(kept if keep else ()))
         ctx.x_shape, ctx.x_dtype, ctx.many = x.shape, x.dtype, many
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype = None if biases[0] is None else biases[0].dtype
         ctx.rebuild, ctx.cache, ctx.recipe = rebuild, cache, (granularity, power_of_two, grad_dtype)
-        return results(y, x.shape, [w.shape[0] for w in weights])
+        return results(ys, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

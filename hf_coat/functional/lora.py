@@ -3,11 +3,11 @@
     forward             y = x_q @ w_q.T (FP8)    h = drop(x) @ a.T  [T, r]    y += scaling * h @ b.T
     kept                x_q (or nothing, where a Source gives x back) and h; never x
     input gradient      dx = dy_q @ w_qt.T (FP8)    u = scaling * dy @ b  [T, r]    dx += drop(u @ a)
-    adapter gradients   db = scaling * dy.T @ h     da = u.T @ drop(x), with x as its codes have it
+    adapter gradients   db = scaling * dy.T @ h     da = u.T @ drop(x), with x as it is made again
 
 The products of rank r are done in the dtype of the result, BF16 in training: they are bound by reading x and y, not by
 arithmetic. They add into what the FP8 product wrote. Linears that read the same input run as one, with one product
-for all their a, and x is made again once.
+for all their a, and x is made again once: from its codes, or by its Source in whatever way is closest to x.
 
 Of dropout nothing is kept but the seed that it was drawn with.
 """
@@ -23,8 +23,8 @@ from .operands import (
     Weight,
     WeightCache,
     bits_and_scales,
+    forward_products,
     quantize_input,
-    quantize_weights,
     results,
     transposed_weights,
 )
@@ -60,42 +60,33 @@ class _Drop:
         return mask.bernoulli_(1 - self.p, generator=generator).mul_(x).div_(1 - self.p)
 
 
-def _input_again(scale, kept, rebuild, tokens, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, K] as its codes have it, from the codes or from their source, and a float32 factor [1, 1] if not 1."""
-    if rebuild is None:
-        return dequantize(kept[0], scale, dtype=dtype), None
-    top = scale.amax(dim=(0, 1), keepdim=True)
-    return rebuild(top, *kept).to(dtype).t()[:tokens], top
-
-
 class _CoatLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, codes, scale, keep, rebuild, cache, stored, grad_dtype, out_dtype, drops, scalings, *tensors):
+    def forward(ctx, x, codes, scale, keep, values, cache, stored, grad_dtype, out_dtype, drops, scalings, *tensors):
         """``tensors`` are weights, biases (or None), a and b of the adapters (or None), each one for each linear, then
         what is kept of the input if not codes."""
         many = len(scalings)
         weights, biases, downs, ups = (tensors[i * many : (i + 1) * many] for i in range(4))
         kept = tensors[4 * many :] or (codes,)
-        w_q, w_s = quantize_weights(weights, Granularity.TOKEN, POWER_OF_TWO, cache, stored)
-        bias = biases[0] if many == 1 or biases[0] is None else torch.cat(biases)
-        y = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)  # [T, sum N]
-        del w_q
+        ys, w_s = forward_products(
+            codes, scale, weights, biases, Granularity.TOKEN, POWER_OF_TWO, cache, stored, out_dtype
+        )
         flat = x.reshape(-1, x.shape[-1]).to(out_dtype)
-        ys = y.split([w.shape[0] for w in weights], dim=1)
         ranks = [0 if a is None else a.shape[0] for a in downs]
+        joined_a, bs = _cast(downs, ups, ranks, out_dtype)
         if any(drops):
-            pairs = [(a, drop) for a, drop in zip(downs, drops, strict=True) if a is not None]
-            h = torch.cat([_dropped(flat, drop) @ a.to(out_dtype).t() for a, drop in pairs], dim=1)
+            parts = joined_a.split(ranks)
+            h = torch.cat([_dropped(flat, drop) @ a.t() for a, drop in zip(parts, drops, strict=True)], dim=1)
         else:
-            h = flat @ _joined(downs, out_dtype).t()  # [T, sum r]
-        for part, y_i, b, scaling in zip(h.split(ranks, dim=1), ys, ups, scalings, strict=True):
+            h = flat @ joined_a.t()  # [T, sum r]
+        for part, y_i, b, scaling in zip(h.split(ranks, dim=1), ys, bs, scalings, strict=True):
             if b is not None:
-                y_i.addmm_(part, b.to(out_dtype).t(), alpha=scaling)
+                y_i.addmm_(part, b.t(), alpha=scaling)
         ctx.save_for_backward(w_s, scale, h, *weights, *downs, *ups, *(kept if keep else ()))
-        ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.rebuild, ctx.cache = x.shape, x.dtype, ranks, rebuild, cache
+        ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.values, ctx.cache = x.shape, x.dtype, ranks, values, cache
         ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return results(y, x.shape, [w.shape[0] for w in weights])
+        ctx.bias_dtype = None if biases[0] is None else biases[0].dtype
+        return results(ys, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -111,13 +102,13 @@ class _CoatLora(torch.autograd.Function):
         dx, das, dbs = None, [None] * many, [None] * many
         joined = h.new_empty(h.shape, dtype=dtype)  # all u, [T, sum r]
         us = joined.split(ctx.ranks, dim=1)
-        for dy, b, u, scaling in zip(dys, ups, us, scalings, strict=True):
+        joined_a, bs = _cast(downs, ups, ctx.ranks, dtype)
+        for dy, b, u, scaling in zip(dys, bs, us, scalings, strict=True):
             if b is not None:
-                u.addmm_(dy, b.to(dtype), beta=0, alpha=scaling)
+                u.addmm_(dy, b, beta=0, alpha=scaling)
         for i, part in enumerate(h.split(ctx.ranks, dim=1)):
             if needs_b[i]:
-                db = part.new_empty(ups[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
-                dbs[i] = db.to(ups[i].dtype)
+                dbs[i] = part.new_empty(ups[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
         biases = [
             dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted else None
             for dy, wanted in zip(dys, needs_bias, strict=True)
@@ -131,32 +122,56 @@ class _CoatLora(torch.autograd.Function):
             del dy_q, w_qt
         del dys
         if needs_dx and not any(drops):
-            dx.addmm_(joined, _joined(downs, dtype))
+            dx.addmm_(joined, joined_a)
         elif needs_dx:
-            for u, a, drop in zip(us, downs, drops, strict=True):
-                if a is not None:
-                    dx.add_(_dropped(u @ a.to(dtype), drop))
+            for u, a, drop in zip(us, joined_a.split(ctx.ranks), drops, strict=True):
+                if len(a):
+                    dx.add_(_dropped(u @ a, drop))
         if any(needs_a):
-            x, factor = _input_again(x_s, kept, ctx.rebuild, len(h), dtype)
+            x = dequantize(kept[0], x_s, dtype=dtype) if ctx.values is None else ctx.values(dtype, *kept)
             if any(drops):
                 das = [u.t() @ _dropped(x, drop) for u, drop in zip(us, drops, strict=True)]
             else:
                 das = [joined.t() @ x]  # [sum r, K]
-            if factor is not None:  # a power of two; the product with it is in float32, as adapters mostly are
-                das = [da * factor for da in das]
             das = das if any(drops) else das[0].split(ctx.ranks)
-            das = [da.to(a.dtype) if n else None for da, a, n in zip(das, downs, needs_a, strict=True)]
+            das = [da if needed else None for da, needed in zip(das, needs_a, strict=True)]
+        grads = _like([*das, *dbs], [*downs, *ups])
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
-        return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *das, *dbs, *[None] * (len(needs) - 4 * many)
+        return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *grads, *[None] * (len(needs) - 4 * many)
 
 
 _SETTINGS = 11  # arguments of _CoatLora before its tensors
 
 
-def _joined(downs: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-    """a of all adapters, one below the other: [sum r, K]."""
+def _cast(downs, ups, ranks, dtype) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """a of all adapters, one below the other [sum r, K], and b of each (or None), in ``dtype`` and by one copy."""
     there = [a for a in downs if a is not None]
-    return (there[0] if len(there) == 1 else torch.cat(there)).to(dtype)
+    a, bs = there[0], list(ups)
+    moved = []
+    if len(there) > 1 or a.dtype != dtype:
+        a = a.new_empty((sum(ranks), a.shape[1]), dtype=dtype)
+        moved += zip(a.split([r for r in ranks if r]), there, strict=True)
+    for i, b in enumerate(ups):
+        if b is not None and b.dtype != dtype:
+            bs[i] = torch.empty_like(b, dtype=dtype)
+            moved.append((bs[i], b))
+    _copy(moved)
+    return a, bs
+
+
+def _like(grads, parameters) -> list[torch.Tensor | None]:
+    """Gradients (or None) in the dtypes of their parameters, by one copy."""
+    made = [
+        g if g is None or g.dtype == p.dtype else torch.empty_like(p) for g, p in zip(grads, parameters, strict=True)
+    ]
+    _copy([(new, g) for new, g in zip(made, grads, strict=True) if new is not g])
+    return made
+
+
+def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy all (to, from) in one launch: there are many small ones in a layer."""
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _dropped(x: torch.Tensor, drop: _Drop | None) -> torch.Tensor:
@@ -174,7 +189,8 @@ def coat_lora(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """``y = x @ weight.T + bias + scaling * drop(x) @ a.T @ b.T``, the frozen weight in FP8 with a scale per row.
 
-    The adapter's forward reads x as it is; its gradients are those of x rounded to FP8, which is what is kept.
+    The adapter's forward reads x as it is; its gradients are those of x as the backward has it: rounded to FP8, which
+    is what is kept, or, where another layer keeps what x is made from, made from that (an attention keeps x itself).
 
     Args:
         x: BF16 or FP32 [..., K].
@@ -194,10 +210,10 @@ def coat_lora(
     biases = (bias,) * many if bias is None else (bias,) if isinstance(bias, torch.Tensor) else tuple(bias)
     keep = torch.is_grad_enabled() and any(a is not None and a.a.requires_grad for a in adapters)
     quantized = quantize_input(x, Granularity.TOKEN, POWER_OF_TWO, keep)
-    rebuild = None if quantized.source is None else quantized.source.rebuild
+    values = None if quantized.source is None else quantized.source.values
     drops = tuple(_Drop(a.dropout) if a is not None and a.dropout else None for a in adapters)
     return _CoatLora.apply(
-        x, quantized.codes, quantized.scale, keep, rebuild, cache if torch.is_grad_enabled() else None, stored,
+        x, quantized.codes, quantized.scale, keep, values, cache if torch.is_grad_enabled() else None, stored,
         grad_format.dtype, out_dtype, drops, tuple(0.0 if a is None else a.scaling for a in adapters), *weights,
         *biases, *(None if a is None else a.a for a in adapters), *(None if a is None else a.b for a in adapters),
         *quantized.kept,

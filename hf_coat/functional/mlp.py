@@ -19,6 +19,7 @@ from coat_kernels import (
     activation,
     activation_backward,
     activation_transposed,
+    activation_values,
     quantize,
     scaled_mm,
 )
@@ -31,8 +32,8 @@ from .operands import (
     Weight,
     WeightCache,
     bits_and_scales,
+    forward_products,
     quantize_input,
-    quantize_weights,
     results,
     sampled,
     transposed_weights,
@@ -57,6 +58,10 @@ class Gate(NamedTuple):
 
 def _codes_again(scale, kept_q, kept_s, *, act, gated, group_size):
     return activation_transposed(kept_q, kept_s, scale, act=act, gated=gated, group_size=group_size)
+
+
+def _values_again(dtype, kept_q, kept_s, *, act, gated, group_size):
+    return activation_values(kept_q, kept_s, act=act, gated=gated, group_size=group_size, dtype=dtype)
 
 
 def _show(x, up, made, gate: Gate) -> None:
@@ -84,8 +89,8 @@ class _CoatActivation(torch.autograd.Function):
         ctx.save_for_backward(made.kept_q, made.kept_s)
         ctx.x_shape, ctx.how = x.shape, {"act": act, "gated": up is not None, "group_size": group_size}
         if sources is not None:
-            rebuild = functools.partial(_codes_again, **ctx.how)
-            sources.append(Source(rebuild, (made.kept_q, made.kept_s), made.h_q, made.h_s, demand))
+            again = (functools.partial(f, **ctx.how) for f in (_codes_again, _values_again))
+            sources.append(Source(*again, (made.kept_q, made.kept_s), made.h_q, made.h_s, demand))
         return made.h.view(x.shape)
 
     @staticmethod
@@ -133,27 +138,26 @@ class _CoatMLP(torch.autograd.Function):
         *firsts, down = tensors[: many + 1]
         *first_biases, down_bias = tensors[many + 1 : 2 * (many + 1)]
         kept = tensors[2 * (many + 1) :] or (codes,)
-        w_q, w_s = quantize_weights(firsts, Granularity.TOKEN, True, caches[0], stored[0])
-        bias = first_biases[0] if many == 1 or first_biases[0] is None else torch.cat(first_biases)
-        first = scaled_mm(codes, w_q, scale, w_s, bias, out_dtype=out_dtype, fast_accum=True)  # [T, nI]
-        del w_q
-        width = down.shape[1]
+        how = Granularity.TOKEN, True
+        parts, w_s = forward_products(codes, scale, firsts, first_biases, *how, caches[0], stored[0], out_dtype)
+        if gate.gated and many == 1:
+            parts = parts[0].chunk(2, dim=1)
+        x_act, up = parts if gate.gated else (parts[0], None)  # [T, I]
         made = activation(
-            first[:, :width], first[:, width:] if gate.gated else None, act=gate.act, values=False, codes=True,
+            x_act, up, act=gate.act, values=False, codes=True,
             group_size=gate.group_size if training else 0, scale_dtype=gate.scale_format.dtype,
         )  # fmt: skip
         if Watcher.see is not None and training:
-            _show(first[:, :width], first[:, width:] if gate.gated else None, made, gate)
-        del first
-        down_q, down_s = quantize_weights((down,), Granularity.TOKEN, True, caches[1], stored[1])
-        y = scaled_mm(made.h_q, down_q, made.h_s, down_s, down_bias, out_dtype=out_dtype, fast_accum=True)
+            _show(x_act, up, made, gate)
+        del parts, x_act, up
+        ys, down_s = forward_products(made.h_q, made.h_s, (down,), (down_bias,), *how, caches[1], stored[1], out_dtype)
         ctx.save_for_backward(
             made.kept_q, made.kept_s, made.h_s, w_s, down_s, scale, *tensors[: many + 1], *(kept if keep else ())
         )
         ctx.x_shape, ctx.x_dtype, ctx.many, ctx.gate = x.shape, x.dtype, many, gate
         ctx.rebuild, ctx.caches, ctx.grad_dtype = rebuild, caches, grad_dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (*first_biases, down_bias)]
-        return results(y, x.shape, [down.shape[0]])
+        return results(ys, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -5,19 +5,23 @@
     backward    xhat from the kept groups
 
 The linears that read ``y`` keep nothing: for their weight gradients the codes of ``y`` are made again from the same
-groups. (COAT keeps the norm's input and its output, arXiv 2410.19313 section 4.)
+groups; for the adapters of LoRA, its values. (COAT keeps the norm's input and its output, arXiv 2410.19313 section 4.)
 """
 
 import functools
 
 import torch
-from coat_kernels import ScaleFormat, norm, norm_backward, norm_transposed
+from coat_kernels import ScaleFormat, norm, norm_backward, norm_transposed, norm_values
 
 from .operands import Demand, Source, Watcher
 
 
 def _codes_again(scale, *kept, offset, group_size):
     return norm_transposed(*kept, scale, offset=offset, group_size=group_size)
+
+
+def _values_again(dtype, *kept, offset, group_size):
+    return norm_values(*kept, offset=offset, group_size=group_size, dtype=dtype)
 
 
 class _CoatNorm(torch.autograd.Function):
@@ -39,8 +43,10 @@ class _CoatNorm(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         ctx.offset, ctx.group_size = settings["offset"], group_size
         if sources is not None:
-            rebuild = functools.partial(_codes_again, offset=settings["offset"], group_size=group_size)
-            sources.append(Source(rebuild, (*kept, weight, bias), made.y_q, made.y_s, demand))
+            again = (
+                functools.partial(f, offset=ctx.offset, group_size=group_size) for f in (_codes_again, _values_again)
+            )
+            sources.append(Source(*again, (*kept, weight, bias), made.y_q, made.y_s, demand))
         return made.y.view(x.shape)
 
     @staticmethod

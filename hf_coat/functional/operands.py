@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from coat_kernels import Granularity, dequantize, quantize, transpose
+from coat_kernels import Granularity, dequantize, quantize, scaled_mm, transpose
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .gathered import GatheredWeight
@@ -46,10 +46,11 @@ class Demand:
 
 @dataclass(eq=False)
 class Source:
-    """From what the transposed codes of a tensor can be made again, noted on that tensor by the layer that made it.
+    """From what a tensor [T, K] can be made again, noted on that tensor by the layer that made it.
 
     Args:
         rebuild: ``rebuild(scale, *tensors)`` gives codes [K, round_up(T, 16)] at one scale, float32 [1, 1].
+        values: ``values(dtype, *tensors)`` gives values [T, K], not always fresh ones.
         tensors: What it needs; the layer keeps them for its own backward anyway.
         codes: Codes [T, K] with a power-of-two scale per token, if they are made already.
         scale: Their scales, float32 [T, 1].
@@ -57,6 +58,7 @@ class Source:
     """
 
     rebuild: Callable[..., torch.Tensor]
+    values: Callable[..., torch.Tensor]
     tensors: tuple[torch.Tensor | None, ...]
     codes: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -214,19 +216,38 @@ def bits_and_scales(
     return tuple(w.bits for w in weights), tuple(w.scale for w in weights)
 
 
-def quantize_weights(
+def forward_products(
+    x_q: torch.Tensor,
+    x_s: torch.Tensor,
     weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
     granularity: Granularity,
     power_of_two: bool,
     cache: WeightCache | None,
-    scales: Sequence[torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other; those of stored weights,
-    which have ``scales``, are what is stored, and those of gathered weights what was gathered."""
+    scales: Sequence[torch.Tensor] | None,
+    out_dtype: torch.dtype,
+) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+    """Multiply codes [T, K] by weights [N_i, K]: the products [T, N_i], and the scales [sum N_i, 1] or [1, 1] of the
+    weights' codes.
+
+    Weights are quantized one below the other and multiplied as one. Codes that are there already, of stored weights,
+    which have ``scales``, and of gathered ones, are multiplied each by itself: to bring them together takes longer.
+    """
     if isinstance(weights[0], GatheredWeight):
         weights, scales = [w.bits for w in weights], [w.scale for w in weights]
+    options = {"out_dtype": out_dtype, "fast_accum": True}
     if scales is not None:
-        return _stored_codes(weights), scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
+        operands = zip(weights, scales, biases, strict=True)
+        ys = [scaled_mm(x_q, bits.view(E4M3), x_s, scale, bias, **options) for bits, scale, bias in operands]
+        return ys, scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
+    codes, scale = _quantize_weights(weights, granularity, power_of_two, cache)
+    bias = biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(tuple(biases))
+    y = scaled_mm(x_q, codes, x_s, scale, bias, **options)
+    return [y] if len(weights) == 1 else torch.unsafe_split_with_sizes(y, [len(w) for w in weights], dim=1), scale
+
+
+def _quantize_weights(weights, granularity, power_of_two, cache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other."""
     found = None if cache is None else cache.find(weights)
     if found is None:
         dither = granularity == Granularity.TOKEN and power_of_two and any(w.requires_grad for w in weights)
@@ -240,30 +261,27 @@ def quantize_weights(
 def transposed_weights(
     weights: Sequence[torch.Tensor], scale: torch.Tensor, cache: WeightCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transposed codes [K, round_up(N, 16)] and their one scale [1, 1]; ``scale`` is what :func:`quantize_weights`
+    """Transposed codes [K, round_up(N, 16)] and their one scale [1, 1]; ``scale`` is what :func:`forward_products`
     gave. The input gradient adds up over N, which therefore has one scale: the largest."""
     if isinstance(weights[0], GatheredWeight):
         weights, cache = [w.bits for w in weights], None
     found = None if cache is None else cache.find(weights)
+    codes = None if found is None else found[0]
     if weights[0].dtype == torch.uint8:
-        found = (_stored_codes(weights),)
-    if found is not None:
-        codes, top = transpose(found[0], scale if scale.shape[0] > 1 else None)
+        codes = [bits.view(E4M3) for bits in weights]
+    if codes is not None:
+        codes, top = transpose(codes, scale if scale.shape[0] > 1 else None)
         return codes, scale if top is None else top
     top = scale if scale.shape[0] == 1 else scale.amax(dim=(0, 1), keepdim=True)
     _, codes, _ = quantize(_one_or_all(weights), E4M3, Granularity.TENSOR, scale=top, codes=False, transposed=True)
     return codes, top
 
 
-def results(y: torch.Tensor, shape: torch.Size, sizes: Sequence[int]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """``y`` [T, N] as the results of linears of these sizes that read a tensor of this shape. Autograd takes none for
-    a view, so whoever gets them may add to them in place."""
-    y = torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[1]))
-    return y if len(sizes) == 1 else tuple(torch.unsafe_split_with_sizes(y, sizes, dim=-1))
-
-
-def _stored_codes(bits: Sequence[torch.Tensor]) -> torch.Tensor:
-    return (bits[0] if len(bits) == 1 else torch.cat(tuple(bits))).view(E4M3)
+def results(ys: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Products [T, N_i] as the results of linears that read a tensor of this shape. Autograd takes none for a view, so
+    whoever gets them may add to them in place."""
+    ys = [torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[1])) for y in ys]
+    return ys[0] if len(ys) == 1 else tuple(ys)
 
 
 def _one_or_all(tensors: Sequence[torch.Tensor]) -> torch.Tensor | Sequence[torch.Tensor]:

@@ -21,9 +21,14 @@ import coat_kernels as ck
 import torch
 import triton
 from coat_kernels import scaled_mm_triton
-from coat_kernels.activation import activation_backward_ref, activation_ref, activation_transposed_ref
+from coat_kernels.activation import (
+    activation_backward_ref,
+    activation_ref,
+    activation_transposed_ref,
+    activation_values_ref,
+)
 from coat_kernels.formats import FP8_DTYPES
-from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref
+from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref, norm_values_ref
 from coat_kernels.quantize import dequantize_ref, quantize_ref, transpose_ref
 from coat_kernels.rotary import rotary_ref
 from triton.testing import do_bench
@@ -95,6 +100,12 @@ def quantize_cases(device: str, tokens: int, hidden: int, wide: int) -> Iterator
             f"dequantize {tokens} x {width}", partial(ck.dequantize, x_q, x_s),
             partial(dequantize_ref, x_q, x_s, 0, torch.bfloat16), (x_q, x_s),
         )  # fmt: skip
+    parts = [ck.quantize(_random(wide, hidden, device=device))[::2] for _ in range(2)]  # stored weights of gate and up
+    x_q, x_s = [q for q, _ in parts], torch.cat([s for _, s in parts])
+    yield Case(
+        f"transpose 2 of {wide} x {hidden}", partial(ck.transpose, x_q, x_s), partial(transpose_ref, x_q, x_s),
+        (*x_q, x_s),
+    )  # fmt: skip
     # The gradients of q, k and v, whose tokens share a scale; weights of q, k and v, of gate and up.
     for shape, many, dim in (((tokens, hidden), 3, 1), ((hidden, hidden), 3, 0), ((wide, hidden), 2, 0)):
         parts = tuple(_random(*shape, device=device) for _ in range(many))
@@ -144,6 +155,12 @@ def norm_cases(device: str, tokens: int, width: int) -> Iterator[Case]:
             partial(norm_transposed_ref, *kept, weight, b, scale, 0.0, GROUP),
             (*kept_tensors, *affine, scale), exact=False,
         )  # fmt: skip
+        yield Case(
+            f"norm_values of {name} {tokens} x {width}",
+            partial(ck.norm_values, *kept, weight, b, group_size=GROUP, dtype=x.dtype),
+            partial(norm_values_ref, *kept, weight, b, 0.0, GROUP, x.dtype),
+            (*kept_tensors, *affine), exact=False,
+        )  # fmt: skip
 
 
 def activation_cases(device: str, tokens: int, width: int) -> Iterator[Case]:
@@ -173,6 +190,12 @@ def activation_cases(device: str, tokens: int, width: int) -> Iterator[Case]:
             partial(ck.activation_transposed, *kept, scale, **options),
             partial(activation_transposed_ref, *kept, scale, act, up is not None, GROUP),
             (*kept, scale), exact=False,
+        )  # fmt: skip
+        yield Case(
+            f"activation_values {tokens} x {width} {name}",
+            partial(ck.activation_values, *kept, dtype=dh.dtype, **options),
+            partial(activation_values_ref, *kept, act, up is not None, GROUP, dh.dtype),
+            kept, exact=False,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """FP8 kernels of COAT (arXiv 2410.19313): tensors in, tensors out. Needs torch, and Triton on a GPU; nothing else."""
 
-from .activation import ACTIVATIONS, activation, activation_backward, activation_transposed
+from .activation import ACTIVATIONS, activation, activation_backward, activation_transposed, activation_values
 from .formats import Fp8Format, Granularity, ScaleFormat
-from .norm import norm, norm_backward, norm_transposed
+from .norm import norm, norm_backward, norm_transposed, norm_values
 from .quantize import dequantize, quantize, transpose
 from .rotary import rotary
 from .scaled_mm import scaled_mm
@@ -15,10 +15,12 @@ __all__ = [
     "activation",
     "activation_backward",
     "activation_transposed",
+    "activation_values",
     "dequantize",
     "norm",
     "norm_backward",
     "norm_transposed",
+    "norm_values",
     "quantize",
     "rotary",
     "scaled_mm",

@@ -2,7 +2,7 @@
 
     forward             x, up [T, I]    ->  h [T, I], or its codes with a scale per token; x and up as FP8 groups
     backward            dh, the groups  ->  gradients of x and up, [T, 2I], or their codes with a scale per token
-    weight gradient     the groups      ->  codes of h at a given scale, transposed
+    weight gradient     the groups      ->  codes of h at a given scale, transposed, or the values of h
 
 h itself is never kept: it is elementwise, so it comes back from the groups, a quarter of the bytes of x, up and h in
 BF16. A kept tensor is E4M3 codes and the stored scales of groups of G neighbours; x and up lie side by side, x's codes
@@ -304,7 +304,7 @@ def activation_backward(
     return (None, d_q, d_s) if codes else (d, None, None)
 
 
-# --- Transposed codes of h ---
+# --- h again: transposed codes, or values ---
 
 
 def activation_transposed_ref(kept_q, kept_s, scale, act, gated, group_size):
@@ -352,3 +352,41 @@ def activation_transposed(
             f"activation_transposed: scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 [1, 1]"
         )
     return _activation_transposed(kept_q, kept_s, scale, act, gated, group_size)
+
+
+def activation_values_ref(kept_q, kept_s, act, gated, group_size, dtype):
+    x, up = _restore(kept_q, kept_s, gated, group_size)
+    h = value_and_slope(x, act)[0]
+    return (h if up is None else h * up).to(dtype)
+
+
+_activation_values = register(
+    "activation_values(Tensor kept_q, Tensor kept_s, str act, bool gated, int group_size, ScalarType dtype) -> Tensor",
+    activation_values_ref,
+    lambda kept_q, kept_s, act, gated, group_size, dtype: kept_q.new_empty(
+        (kept_q.shape[0], kept_q.shape[1] // (2 if gated else 1)), dtype=dtype
+    ),
+    "activation_triton:activation_values",
+)
+
+
+def activation_values(
+    kept_q: torch.Tensor, kept_s: torch.Tensor, *, act: str, gated: bool, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """h, recomputed from the kept groups: in float32, and rounded once.
+
+    Args:
+        kept_q, kept_s, act, gated, group_size: As of :func:`activation_transposed`.
+        dtype: ``torch.bfloat16``, ``torch.float32`` or ``torch.float16``.
+
+    Returns:
+        h [T, I] in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: For activations, dtypes or shapes that do not fit; the message names the value.
+    """
+    _check_kept("activation_values", kept_q, kept_s, act, gated, group_size)
+    if dtype not in SOURCE_DTYPES:
+        expected = ", ".join(map(str, SOURCE_DTYPES))
+        raise TypeError(f"activation_values: dtype is {dtype}, expected one of {expected}")
+    return _activation_values(kept_q, kept_s, act, gated, group_size, dtype)

@@ -277,11 +277,12 @@ def _activation_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _activation_transposed_kernel(
-    kept_ptr, kept_s_ptr, scale_ptr, qt_ptr, tokens, width, stride_qt,
+def _activation_again_kernel(
+    kept_ptr, kept_s_ptr, scale_ptr, out_ptr, tokens, width, columns,
     ACT: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_T, BLOCK_H] of codes of h, written transposed. Grid: blocks of tokens, blocks of columns."""
+    """One tile [BLOCK_T, BLOCK_H] of h: its codes at a scale, written transposed to [I, columns], or without a scale
+    its values as they stand. Grid: blocks of tokens, blocks of columns."""
     PARTS: tl.constexpr = 2 if GATED else 1
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h0 = tl.program_id(1) * BLOCK_H
@@ -289,14 +290,17 @@ def _activation_transposed_kernel(
     y, _ = value_and_slope(x, ACT)
     if GATED:
         y *= _restore(kept_ptr, kept_s_ptr, t, h0, 1, PARTS, tokens, width, GROUP, BLOCK_H)
-    y *= tl.div_rn(1.0, tl.load(scale_ptr))
-    bits = to_fp8_bits(y, 8)
-    if INTERPRETED:  # where the bits of a NaN are a number's; a scale that is given cannot carry the NaN of a group
-        bits = tl.where(y == y, bits, 0x7F)
-    h = h0 + tl.arange(0, BLOCK_H)[:, None]
-    # Zeros behind the last token, as masked values are zero and so is the activation of zero.
-    inside = (h < width) & (t[None, :] < stride_qt)
-    tl.store(qt_ptr + h.to(tl.int64) * stride_qt + t[None, :], tl.trans(bits), mask=inside)
+    if scale_ptr is None:
+        _store(to_float(y, out_ptr.dtype.element_ty), out_ptr, t[:, None] * width, h0, t[:, None] < tokens, width)
+    else:
+        y *= tl.div_rn(1.0, tl.load(scale_ptr))
+        bits = to_fp8_bits(y, 8)
+        if INTERPRETED:  # where the bits of a NaN are a number's; a scale that is given cannot carry a group's NaN
+            bits = tl.where(y == y, bits, 0x7F)
+        h = h0 + tl.arange(0, BLOCK_H)[:, None]
+        # Zeros behind the last token, as masked values are zero and so is the activation of zero.
+        inside = (h < width) & (t[None, :] < columns)
+        tl.store(out_ptr + h.to(tl.int64) * columns + t[None, :], tl.trans(bits), mask=inside)
 
 
 def _tile(width: int, group_size: int, codes: bool, most_held: int) -> tuple[int, int, int, int]:
@@ -378,8 +382,20 @@ def activation_transposed(kept_q, kept_s, scale, act, gated, group_size):
     h_qt = torch.empty((width, padded), dtype=kept_q.dtype, device=kept_q.device)
     if tokens:
         block_t, block_h = 64, max(64, group_size)
-        _activation_transposed_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
+        _activation_again_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
             kept_q.contiguous(), kept_s.contiguous(), scale, h_qt.view(torch.uint8), tokens, width, padded,
             ACT=act, GATED=gated, GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=block_h // 16,
         )  # fmt: skip
     return h_qt
+
+
+def activation_values(kept_q, kept_s, act, gated, group_size, dtype):
+    tokens, width = kept_q.shape[0], kept_q.shape[1] // (2 if gated else 1)
+    h = torch.empty((tokens, width), dtype=dtype, device=kept_q.device)
+    if tokens:
+        block_t, block_h, _, warps = _tile(width, group_size, False, 0)
+        _activation_again_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
+            kept_q.contiguous(), kept_s.contiguous(), None, h, tokens, width, width,
+            ACT=act, GATED=gated, GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        )  # fmt: skip
+    return h

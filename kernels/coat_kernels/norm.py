@@ -9,7 +9,8 @@
     weight, bias    dw = sum_T(dy * xhat);  db = sum_T(dy)
 
 The backward takes xhat from the kept codes, and mean and rstd as the forward had them. The output is not kept: what
-the weight gradient of the next linear layer needs of it, transposed codes, is made again from the kept input.
+the next linear layer's backward needs of it, transposed codes for a weight gradient or values for a LoRA adapter, is
+made again from the kept input.
 
 COAT keeps the inputs of non-linear layers as groups of 1 x 16 (arXiv 2410.19313, section 4.1). There the norm computes
 from FP8 too; here it computes from the tokens as they came, at the same bytes kept.
@@ -334,3 +335,47 @@ def norm_transposed(
     if scale.dtype != torch.float32 or tuple(scale.shape) != (1, 1):
         raise ValueError(f"norm_transposed: scale is {scale.dtype} {list(scale.shape)}, expected torch.float32 [1, 1]")
     return _norm_transposed(x_q, x_s, mean, rstd, weight, bias, scale, float(offset), group_size)
+
+
+def norm_values_ref(x_q, x_s, mean, rstd, weight, bias, offset, group_size, dtype):
+    return _affine(_kept_xhat(x_q, x_s, mean, rstd, group_size), weight, bias, offset).to(dtype)
+
+
+_norm_values = register(
+    "norm_values(Tensor x_q, Tensor x_s, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? bias, float offset, "
+    "int group_size, ScalarType dtype) -> Tensor",
+    norm_values_ref,
+    lambda x_q, x_s, mean, rstd, weight, bias, offset, group_size, dtype: x_q.new_empty(x_q.shape, dtype=dtype),
+    "norm_triton:norm_values",
+)
+
+
+def norm_values(
+    x_q: torch.Tensor,
+    x_s: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    offset: float = 0.0,
+    group_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The output of :func:`norm` made again from its kept input, as values: computed in float32 and rounded once.
+
+    Args:
+        x_q, x_s, mean, rstd, weight, bias, offset, group_size: As of :func:`norm_transposed`.
+        dtype: ``torch.bfloat16`` or ``torch.float32``.
+
+    Returns:
+        y [T, H] in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: For dtypes or shapes that do not fit; the message names the value.
+    """
+    _check_kept("norm_values", x_q, x_s, mean, rstd, group_size)
+    _check_values("norm_values", weight=weight, bias=bias)
+    _check_vectors("norm_values", x_q.shape[1], offset, weight, bias)
+    _check_dtype("norm_values", "dtype", dtype)
+    return _norm_values(x_q, x_s, mean, rstd, weight, bias, float(offset), group_size, dtype)

@@ -268,6 +268,8 @@ def dequantize(
 
 
 def transpose_ref(x_q, x_s):
+    if not isinstance(x_q, torch.Tensor):
+        x_q = torch.cat([part.view(torch.uint8) for part in x_q]).view(x_q[0].dtype)  # autocast knows no FP8
     if x_s is None:
         return _transposed(x_q), x_q.new_empty(0, dtype=torch.float32)
     scale = x_s.amax(dim=(0, 1), keepdim=True)
@@ -276,17 +278,36 @@ def transpose_ref(x_q, x_s):
 
 
 _transpose = register(
-    "transpose(Tensor x_q, Tensor? x_s) -> (Tensor, Tensor)",
+    "transpose(Tensor[] x_q, Tensor? x_s) -> (Tensor, Tensor)",
     transpose_ref,
     lambda x_q, x_s: (
-        x_q.new_empty((x_q.shape[1], round_up(x_q.shape[0], 16))),
-        x_q.new_empty(0 if x_s is None else (1, 1), dtype=torch.float32),
+        x_q[0].new_empty((x_q[0].shape[1], round_up(joint_shape(x_q, 0)[0], 16))),
+        x_q[0].new_empty(0 if x_s is None else (1, 1), dtype=torch.float32),
     ),
     "quantize_triton:transpose",
 )
 
 
-def transpose(x_q: torch.Tensor, x_s: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _check_transpose(parts, x_s):
+    first = parts[0]
+    for part in parts:
+        _check_codes("transpose", part, None, 0)
+        if part.dtype != first.dtype or part.device != first.device or part.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"transpose: {part.dtype} {list(part.shape)} on {part.device} cannot stand below {first.dtype} "
+                f"{list(first.shape)} on {first.device}; dtype, device and width must be equal"
+            )
+    tokens = joint_shape(parts, 0)[0]
+    if x_s is not None and (x_s.dtype != torch.float32 or tuple(x_s.shape) != (tokens, 1)):
+        raise ValueError(
+            f"transpose: x_s is {x_s.dtype} {list(x_s.shape)}, expected torch.float32 [{tokens}, 1], a scale for each "
+            "row of codes"
+        )
+
+
+def transpose(
+    x_q: torch.Tensor | Sequence[torch.Tensor], x_s: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Transpose codes [T, H]; with a scale per token, move them to one scale on the way, the largest of the scales.
 
     Where the ratios of the scales are powers of two nothing is rounded again, except what falls below the format's
@@ -294,14 +315,20 @@ def transpose(x_q: torch.Tensor, x_s: torch.Tensor | None = None) -> tuple[torch
     bits, as it would have lost them under a scale per tensor.
 
     Args:
-        x_q: FP8 codes [T, H].
-        x_s: Scales [T, 1] whose ratios are powers of two, or None to leave the codes as they are.
+        x_q: FP8 codes [T, H]; or several of one width, which are transposed as if they stood below each other.
+        x_s: Scales [T, 1] of all rows whose ratios are powers of two, or None to leave the codes as they are.
 
     Returns:
         Codes [H, round_up(T, 16)] with zeros beyond T, and their scale [1, 1], or None without ``x_s``.
+
+    Raises:
+        TypeError, ValueError: For dtypes, shapes or scales that do not fit; the message names the value.
     """
-    _check_codes("transpose", x_q, x_s, 0)
-    if x_s is not None and x_q.shape[0] == 0:
-        return x_q.new_empty(x_q.shape[1], 0), x_s.new_ones(1, 1)
-    x_qt, scale = _transpose(x_q, x_s)
+    parts = (x_q,) if isinstance(x_q, torch.Tensor) else tuple(x_q)
+    if not parts:
+        raise ValueError("transpose: x_q is an empty sequence, expected FP8 codes [T, H] or several of them")
+    _check_transpose(parts, x_s)
+    if x_s is not None and x_s.shape[0] == 0:
+        return parts[0].new_empty(parts[0].shape[1], 0), x_s.new_ones(1, 1)
+    x_qt, scale = _transpose(parts, x_s)
     return x_qt, None if x_s is None else scale

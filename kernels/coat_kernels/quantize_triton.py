@@ -203,10 +203,11 @@ def _dequantize_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _transpose_kernel(
-    q_ptr, s_ptr, top_ptr, qt_ptr, tokens, width, stride_qt,
+    q_ptr, s_ptr, top_ptr, qt_ptr, tokens, width, columns, stride_qt,
     MOVE: tl.constexpr, EMAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile of codes, written transposed; with MOVE their scales [T] are replaced by the one at top_ptr."""
+    """One tile of codes, written transposed; with MOVE their scales [T] are replaced by the one at top_ptr. There are
+    ``columns`` to write: the tokens, and the zeros behind the last of them."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     address = t[:, None] * width + h[None, :]
@@ -222,7 +223,7 @@ def _transpose_kernel(
         bits = to_fp8_bits(q, EMAX)
         if INTERPRETED:
             bits = tl.where(q == q, bits, 0x7F)
-    _store_transposed(bits, qt_ptr, t, h, width, stride_qt, stride_qt)
+    _store_transposed(bits, qt_ptr, t, h, width, columns, stride_qt)
 
 
 def ceil_div(n: int, block: int) -> int:
@@ -320,7 +321,7 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
                 CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
             )  # fmt: skip
     if after:
-        x_qt = _transpose_codes(x_q)
+        x_qt = _transpose_codes([x_q])
     return x_q if codes else nothing(dtype, device, 1), x_qt, new_s
 
 
@@ -360,22 +361,30 @@ def dequantize(x_q, x_s, group_size, dtype):
     return y
 
 
-def _transpose_codes(x_q, x_s=None, top=None):
-    """Codes [T, H] as [H, round_up(T, 16)]; with scales [T, 1], moved to the scale ``top`` on the way."""
-    tokens, width = x_q.shape
+def _transpose_codes(parts, x_s=None, top=None):
+    """Codes [T_i, H], one below the other, as [H, round_up(T, 16)]; with scales [T, 1], moved to the scale ``top`` on
+    the way."""
+    (tokens, width), dtype = joint_shape(parts, 0), parts[0].dtype
     padded = round_up(tokens, 16)
-    x_qt = torch.empty(width, padded, dtype=x_q.dtype, device=x_q.device)
-    if x_qt.numel():
-        block_t, block_h = (64, 128) if x_s is None else (128, 128)
-        _transpose_kernel[(ceil_div(padded, block_t), ceil_div(width, block_h))](
-            x_q.view(torch.uint8), x_s, top, x_qt.view(torch.uint8), tokens, width, padded,
-            MOVE=x_s is not None, EMAX=MAX_EXPONENT[x_q.dtype], BLOCK_T=block_t, BLOCK_H=block_h,
-        )  # fmt: skip
+    x_qt = torch.empty(width, padded, dtype=dtype, device=parts[0].device)
+    block_t, block_h = (64, 128) if x_s is None else (128, 128)
+    begin = 0
+    for i, part in enumerate(parts):
+        rows = part.shape[0]
+        columns = padded - begin if i == len(parts) - 1 else rows  # the last one also writes the zeros behind it
+        if columns * width:
+            _transpose_kernel[(ceil_div(columns, block_t), ceil_div(width, block_h))](
+                part.view(torch.uint8), None if x_s is None else x_s[begin:], top, x_qt.view(torch.uint8)[:, begin:],
+                rows, width, columns, padded,
+                MOVE=x_s is not None, EMAX=MAX_EXPONENT[dtype], BLOCK_T=block_t, BLOCK_H=block_h,
+            )  # fmt: skip
+        begin += rows
     return x_qt
 
 
 def transpose(x_q, x_s):
+    parts = [part.contiguous() for part in x_q]
     if x_s is None:
-        return _transpose_codes(x_q.contiguous()), nothing(torch.float32, x_q.device)
+        return _transpose_codes(parts), nothing(torch.float32, parts[0].device)
     top = x_s.amax(dim=(0, 1), keepdim=True)
-    return _transpose_codes(x_q.contiguous(), x_s.contiguous(), top), top
+    return _transpose_codes(parts, x_s.contiguous(), top), top

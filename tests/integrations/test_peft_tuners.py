@@ -191,6 +191,24 @@ def test_lora_that_reads_the_weight_is_refused(tools, settings):
         get_peft_model(base(tools, FP8), LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | settings))
 
 
+@pytest.mark.parametrize("converted", [True, False])
+@pytest.mark.parametrize("variant", ["kasa_config", "velora_config"])
+def test_lora_that_reads_the_weight_is_refused_on_a_layer_that_is_there(tools, variant, converted):
+    plain = LoraConfig(r=4, target_modules=["q_proj"])
+    model = adapted(base(tools, FP8), plain)
+    if converted:
+        hf_coat.apply_coat(model, FP8)
+    if variant == "kasa_config":
+        model.delete_adapter("default")  # PEFT itself lets KaSA stand beside no other adapter
+    bits = {name: p.clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    with pytest.raises(ValueError, match=r"q_proj is stored as FP8, but .*frozen_weights='bf16'"):
+        model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"], **{variant: {}}))
+    assert bits and all(torch.equal(p, bits[name]) for name, p in model.named_parameters() if name in bits)
+    model.add_adapter("third", plain)
+    model.set_adapter("third")
+    assert run(model)
+
+
 @known(TRAINS)
 def test_tuners_that_wrap_no_linear_train(tools, kind):
     stored, plain = (run(adapted(base(tools, coat), config(kind)), **TASKS.get(kind, {})) for coat in (FP8, BF16))

@@ -67,7 +67,7 @@ class Counter:
 
 
 def test_q_k_and_v_are_one_product_and_alone_the_same_linears(device, monkeypatch):
-    products = Counter(monkeypatch, hf_coat.functional.linear, "scaled_mm")
+    forward, backward = (Counter(monkeypatch, m, "scaled_mm") for m in (operands, hf_coat.functional.linear))
     model, alone = llama(device=device), llama(device=device)
     hf_coat.apply_coat(model)
     hf_coat.apply_coat(alone)
@@ -75,11 +75,11 @@ def test_q_k_and_v_are_one_product_and_alone_the_same_linears(device, monkeypatc
         if isinstance(module, CoatLinear):
             module.coat_merged = None
     loss, grads = gradients(model, **batch(device))
-    together = len(products)
+    together = len(forward) + len(backward)
     loss_alone, grads_alone = gradients(alone, **batch(device))
-    # A layer's attention: forward, input gradient and weight gradient of qkv and of o; 3 + 3, against 9 + 3. The MLP's
-    # two weight gradients are counted here too.
-    assert (len(products) - together) - together == 2 * 6
+    # A layer's attention: forward, input gradient and weight gradient of qkv and of o; 3 + 3, against 9 + 3. Of the
+    # MLP's products some are counted too, as many each time.
+    assert len(forward) + len(backward) - 2 * together == 2 * 6
     assert loss == pytest.approx(loss_alone, rel=1e-3)
     for name, grad in grads.items():  # one scale per token for three gradients and one grid for three weights
         assert relative(grad, grads_alone[name]) < 0.1, name
@@ -298,7 +298,7 @@ def test_the_fused_mlp_is_the_mlp_of_its_parts(device):
 
 @pytest.fixture
 def weights_quantized(monkeypatch):
-    """Names nothing but weights: what quantize_weights found no codes for."""
+    """Names nothing but weights: what _quantize_weights found no codes for."""
     return Counter(monkeypatch, operands, "_one_or_all")
 
 

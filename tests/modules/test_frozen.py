@@ -11,7 +11,17 @@ from torch import nn
 
 from hf_coat import apply_coat, remove_coat
 from hf_coat.config import PRESETS, CoatConfig
-from hf_coat.functional import Adapter, StoredWeight, coat_linear, coat_lora, coat_norm, operands
+from hf_coat.functional import (
+    Adapter,
+    Gate,
+    StoredWeight,
+    coat_activation,
+    coat_linear,
+    coat_lora,
+    coat_norm,
+    keep_attention,
+    operands,
+)
 from hf_coat.modules import CoatFrozenLinear, CoatLinear
 
 E4M3 = torch.float8_e4m3fn
@@ -272,7 +282,14 @@ def test_lora_keeps_the_input_once_in_fp8():
     assert sum(new.values()) == 16 * (512 + 4 + 2 * 4), "codes, their scales, and the product of rank 4"
 
 
-def test_lora_takes_its_input_from_what_a_norm_keeps(device):
+SOURCES = {
+    "norm": lambda x, share: coat_norm(x, eps=1e-6, share=share),
+    "activation": lambda x, share: coat_activation(x, None, Gate("silu", False), share=share),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_lora_takes_its_input_from_what_another_layer_keeps(device, source):
     """Also with dropout, whose mask belongs to values, not to the order in which they lie in memory."""
     layer, x = frozen(64, 48, device=device), torch.randn(20, 64, device=device, dtype=torch.bfloat16)
     (adapter,) = adapters_of([layer], [4], [1.0])
@@ -280,13 +297,28 @@ def test_lora_takes_its_input_from_what_a_norm_keeps(device):
     for p in (0.0, 0.5):
         grads = []
         for share in (True, False):
-            y = coat_norm(x.clone().requires_grad_(), eps=1e-6, share=share)
+            y = SOURCES[source](x.clone().requires_grad_(), share)
             assert (operands.source_of(y) is not None) == share
             torch.manual_seed(0)
             out = coat_lora(y, layer.operand, None, adapter._replace(dropout=p))
             grads += torch.autograd.grad(out, adapter.a, dy)
-        # a gradient of x rounded to FP8 once, and one of x rounded to it twice: 2**-4 / sqrt(3) at most, each time
+        # a gradient of the norm of a rounded x, and one of a rounded norm of x: 2**-4 / sqrt(3) at most, each time
         assert 0 < (grads[0] - grads[1]).norm() <= 2 * 2.0**-4 / 3**0.5 * grads[1].norm()
+
+
+def test_lora_reads_the_output_of_an_attention_itself(device):
+    layer = frozen(64, 48, device=device)
+    (adapter,) = adapters_of([layer], [4], [1.0])
+    q, k, v = torch.randn(3, 2, 4, 10, 16, device=device, dtype=torch.bfloat16).requires_grad_()
+    out = keep_attention(
+        lambda q, k, v: (q + k + v).transpose(1, 2).contiguous().view(2, 10, 64).view(2, 10, 4, 16), q, k, v, fp8=False
+    )
+    x = out.flatten(2)
+    assert operands.source_of(x) is not None
+    dy = torch.randn(2, 10, 48, device=device, dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad(coat_lora(x, layer.operand, None, adapter), adapter.a, dy)
+    u = dy.double().flatten(0, 1) @ adapter.b.detach().double()
+    three_times(grad, u.t() @ x.detach().double().flatten(0, 1), torch.bfloat16)  # nothing of x is rounded
 
 
 @pytest.mark.parametrize("many", [1, 2])

@@ -1,4 +1,4 @@
-"""activation, its backward, its transposed codes: the Triton twins, the references, and torch's own functions."""
+"""activation, its backward, its result made again: the Triton twins, the references, and torch's own functions."""
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from coat_kernels.activation import (
     activation_ref,
     activation_transposed,
     activation_transposed_ref,
+    activation_values,
+    activation_values_ref,
     value_and_slope,
 )
 from coat_kernels.quantize import quantize
@@ -223,6 +225,25 @@ def test_transposed_parity(twin, same_codes, device, shape, group, scale_dtype, 
         assert not actual[:, shape[0] :].view(torch.uint8).any(), "zeros behind the last token"
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("group", "scale_dtype"), SCALES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1100)])  # the last: two tiles in a row
+def test_values_parity(twin, device, shape, group, scale_dtype, gated):
+    """The h that the groups give, up to the arithmetic's errors and one rounding."""
+    kept = kept_sample(*shape, gated, group, scale_dtype)
+    x, up = (None if t is None else t.double() for t in _restore(*kept, gated, group))
+    for act in ACTIVATIONS if shape == (37, 100) else ("silu",):
+        truth, absolute = TORCH[act](x), CANCELLED * x.abs()
+        if gated:
+            truth, absolute = truth * up, absolute * up.abs()
+        for dtype in HALF_STEP:
+            arguments = (act, gated, group, dtype)
+            values = twin.activation_values(*to(device, *kept), *arguments)
+            assert values.shape == shape and values.dtype == dtype
+            within(values, truth, absolute)
+            within(activation_values_ref(*kept, *arguments), truth, absolute)
+
+
 @pytest.mark.parametrize("width", [3000, 9000, 21000])
 def test_rows_of_many_tiles(twin, equal, device, width):
     """Wider than a tile: held in registers, or computed twice."""
@@ -328,10 +349,10 @@ def test_leading_dimensions_are_flattened(device):
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_zeros_nan_and_inf(twin, device, act, implementation):
     """They have stated outcomes and stay in their token, and in what is kept in their group of 16."""
-    forward, backward, transposed = (
-        (activation_ref, activation_backward_ref, activation_transposed_ref)
+    forward, backward, transposed, values = (
+        (activation_ref, activation_backward_ref, activation_transposed_ref, activation_values_ref)
         if implementation == "reference"
-        else (twin.activation, twin.activation_backward, twin.activation_transposed)
+        else (twin.activation, twin.activation_backward, twin.activation_transposed, twin.activation_values)
     )
     place = "cpu" if implementation == "reference" else device
     x, up = torch.ones(6, 48), torch.ones(6, 48)
@@ -362,6 +383,8 @@ def test_zeros_nan_and_inf(twin, device, act, implementation):
     h_qt = transposed(*to(place, kept_q, kept_s, torch.ones(1, 1)), act, True, 16).cpu()
     assert torch.equal(h_qt.float().t()[:6].isnan(), broken), "a given scale does not hide them"
     assert not h_qt[:, 6:].view(torch.uint8).any()
+    again = values(*to(place, kept_q, kept_s), act, True, 16, torch.bfloat16).cpu()
+    assert torch.equal(again.isnan(), broken)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "twin"])
@@ -405,6 +428,7 @@ def test_registration(device):
         (*kept, torch.ones(1, 1, device=device), "silu", True, 32),
         test_utils=OPCHECKS,
     )
+    torch.library.opcheck(ops.activation_values.default, (*kept, "silu", True, 32, torch.float32), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize(
@@ -444,6 +468,8 @@ def test_bad_backward_input_is_named(change, message):
         activation_backward(**{**options, **change})
 
 
-def test_bad_scale_is_named():
+def test_bad_scale_or_dtype_is_named():
     with pytest.raises(ValueError, match=r"\[2, 1\], expected torch.float32 \[1, 1\]"):
         activation_transposed(*kept_sample(2, 16), torch.ones(2, 1), act="silu", gated=True, group_size=32)
+    with pytest.raises(TypeError, match="dtype is torch.float64"):
+        activation_values(*kept_sample(2, 16), act="silu", gated=True, group_size=32, dtype=torch.float64)

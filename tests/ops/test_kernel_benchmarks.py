@@ -17,12 +17,15 @@ BYTES = {
     "quantize 40 x 64 per tensor + transposed": T * H * (2 + 2 + 1) + PADDED * H + 4,
     "quantize 3 of 40 x 64 as columns": 3 * T * H * (2 + 1) + 4 * T,
     "quantize 2 of 96 x 64 as rows, dithered": 2 * W * H * (2 + 1) + 4 * 2 * W,
+    "transpose 2 of 96 x 64": 2 * 2 * W * H + 4 * 2 * W + 4,
     "norm 40 x 64, input kept + codes": T * H * (2 + 2 + 1 + 1) + T * (4 + 1 + 4) + 2 * H,
     "norm_backward of norm 40 x 64": T * H * (2 + 1 + 2) + T * (1 + 4) + (2 + 4) * H,
     "norm_transposed of norm 40 x 64": T * H + PADDED * H + T * (1 + 4) + 2 * H + 4,
+    "norm_values of norm 40 x 64": T * H * (1 + 2) + T * (1 + 4) + 2 * H,
     "activation 40 x 96 silu, gated, codes": T * W * (2 + 2 + 1 + 2) + T * (4 + 2),
     "activation_backward 40 x 96 silu, gated, codes": T * W * (2 + 2 + 2) + T * (2 + 4),
     "activation_transposed 40 x 96 gelu_tanh": T * W + PADDED * W + T + 4,
+    "activation_values 40 x 96 silu, gated": T * W * (2 + 2) + T * 2,
     "rotary 40 x 2 x 64": 2 * T * H * (2 + 2) + 2 * T * 64 * 2,
 }
 

@@ -1,10 +1,10 @@
-"""norm, norm_backward, norm_transposed: the Triton twins against the references, all against float64 and autograd."""
+"""norm, its backward, its output made again: the Triton twins, the references, all against float64 and autograd."""
 
 import coat_kernels as ck
 import pytest
 import torch
 from coat_kernels.formats import SMALLEST_NORMAL
-from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref
+from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref, norm_values_ref
 from torch.nn.functional import layer_norm, rms_norm
 
 BF16, FP32, E8M0, E4M3 = torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn
@@ -187,6 +187,23 @@ def test_norm_transposed_parity(twin, same_codes, device, shape, form):
         assert not actual[:, shape[0] :].view(torch.uint8).any()
 
 
+@pytest.mark.parametrize("form", ["llama", "gemma", "no weight", "layernorm", "layernorm no bias"])
+@pytest.mark.parametrize("shape", [*SHAPES, WIDE])
+def test_norm_values_parity(twin, device, shape, form):
+    group, scale_dtype = KEPT[(len(form) + shape[0]) % len(KEPT)]
+    _, (*kept, weight), bias, offset = kept_case(shape, form, group, scale_dtype)
+    x_q, x_s, mean, rstd = kept
+    x = ck.dequantize(x_q, x_s, group_size=group, dtype=FP32).double()  # exact
+    truth = (x if mean is None else x - mean.double()[:, None]) * rstd.double()[:, None]
+    truth = truth if weight is None else truth * (weight.double() + offset)
+    truth = truth if bias is None else truth + bias.double()
+    for dtype in (BF16, FP32):
+        arguments = (*kept, weight, bias, offset, group, dtype)
+        actual = twin.norm_values(*to(device, *arguments))
+        assert actual.shape == shape and actual.dtype == dtype
+        assert as_exact(actual, norm_values_ref(*arguments), truth)
+
+
 def plain(form, x, weight, bias):
     """The forms as transformers writes them."""
     if form.startswith("layernorm"):
@@ -287,7 +304,7 @@ def unpacked(stored):
     return (stored.int() << 23).view(FP32)
 
 
-def test_transposed_codes_are_those_of_the_output(same_codes, device):
+def test_what_is_made_again_is_the_output(same_codes, device):
     """Where x survives quantization, made again is made the same: what quantize makes of a float32 y."""
     x = sample(20, 96, FP32).to(device)
     x = ck.dequantize(*ck.quantize(x, E4M3, "group", group_size=32)[::2], group_size=32, dtype=FP32)
@@ -295,8 +312,10 @@ def test_transposed_codes_are_those_of_the_output(same_codes, device):
     kept = ck.norm(x, weight, bias, eps=EPS, center=True, round_first=False, group_size=32, codes=True)
     scale = kept.y_s.amax().view(1, 1)
     _, expected, _ = ck.quantize(kept.y, E4M3, "tensor", scale=scale, codes=False, transposed=True)
-    actual = ck.norm_transposed(kept.x_q, kept.x_s, kept.mean, kept.rstd, weight, bias, scale, group_size=32)
-    same_codes(actual, expected)
+    arguments = kept.x_q, kept.x_s, kept.mean, kept.rstd, weight, bias
+    same_codes(ck.norm_transposed(*arguments, scale, group_size=32), expected)
+    again = ck.norm_values(*arguments, group_size=32, dtype=FP32)
+    assert as_exact(again, kept.y, norm64(x, weight, bias, True, 0.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter, for what is tested here
@@ -304,10 +323,10 @@ def test_transposed_codes_are_those_of_the_output(same_codes, device):
 @pytest.mark.parametrize("center", [False, True])
 def test_special_tokens(twin, device, center, which):
     """Zeros, constants, subnormal, NaN, inf and overflowing tokens have stated outcomes, and do not touch others."""
-    forward, backward, transposed = (
-        (twin.norm, twin.norm_backward, twin.norm_transposed)
+    forward, backward, transposed, values = (
+        (twin.norm, twin.norm_backward, twin.norm_transposed, twin.norm_values)
         if which == "twin"
-        else (norm_ref, norm_backward_ref, norm_transposed_ref)
+        else (norm_ref, norm_backward_ref, norm_transposed_ref, norm_values_ref)
     )
     x = sample(7, 64, FP32).to(device)
     x[0] = 0
@@ -335,7 +354,9 @@ def test_special_tokens(twin, device, center, which):
     mean = mean if center else None
     kept = (x_q, x_s, mean, rstd, weight)
     dx, sums = backward(dy, *kept, 0.0, 32, FP32, True, True)
-    assert dx[broken].isnan().all() and dx[:3].isfinite().all() and dx[6].isfinite().all()
+    again = values(*kept, bias, 0.0, 32, FP32)
+    for value in (dx, again):
+        assert value[broken].isnan().all() and value[:3].isfinite().all() and value[6].isfinite().all()
     assert sums[0].isnan().all() and sums[1].isfinite().all(), "dw has seen them, db has not"
     if which == "reference" or x.is_cuda:  # the interpreter makes numbers of NaN codes
         codes = transposed(*kept, bias, torch.ones(1, 1, device=device), 0.0, 32).float().t()
@@ -374,6 +395,8 @@ def test_registration(device, center):
         torch.library.opcheck(ops.norm_backward.default, arguments, test_utils=OPCHECKS)
     arguments = (*kept, weight, bias, torch.ones(1, 1, device=device), 0.0, 32)
     torch.library.opcheck(ops.norm_transposed.default, arguments, test_utils=OPCHECKS)
+    arguments = (*kept, weight, bias, 0.0, 32, FP32)
+    torch.library.opcheck(ops.norm_values.default, arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +438,8 @@ def test_bad_input_of_the_backward_is_named(change, message):
         ck.norm_backward(**{**arguments, **change})
     with pytest.raises(ValueError, match=r"scale is torch.float32 \[2, 1\]"):
         ck.norm_transposed(x_q, x_s, mean, rstd, None, None, torch.ones(2, 1), group_size=16)
+    with pytest.raises(TypeError, match="dtype is torch.float16"):
+        ck.norm_values(x_q, x_s, mean, rstd, None, None, group_size=16, dtype=torch.float16)
 
 
 @pytest.mark.gpu
@@ -445,6 +470,12 @@ def test_gpu_at_size(same_codes, shape, center):
     same_codes(
         ck.norm_transposed(*kept, bias, scale, group_size=128), norm_transposed_ref(*kept, bias, scale, 0.0, 128)
     )
+    values = norm_values_ref(*kept, bias, 0.0, 128, BF16)
+    assert as_exact(
+        ck.norm_values(*kept, bias, group_size=128, dtype=BF16),
+        values,
+        norm_values_ref(*kept, bias, 0.0, 128, FP32).double(),
+    )
 
 
 @pytest.mark.gpu
@@ -457,6 +488,7 @@ def test_gpu_new_lengths_do_not_compile_anew(monkeypatch):
         kept = ck.norm(x, weight, eps=EPS, group_size=32, codes=True)
         ck.norm_backward(x, *kept[3:], weight, group_size=32, dx_dtype=BF16)
         ck.norm_transposed(*kept[3:], weight, None, kept.y_s.amax().view(1, 1), group_size=32)
+        ck.norm_values(*kept[3:], weight, None, group_size=32, dtype=BF16)
 
     step(4096)
     compiled = []

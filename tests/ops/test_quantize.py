@@ -220,7 +220,7 @@ def test_transpose_parity(twin, same_codes, device, shape, dtype, move):
     scale = x_s if move else None
     expected, actual = (
         transpose_ref(x_q, scale),
-        twin.transpose(x_q.to(device), scale if scale is None else scale.to(device)),
+        twin.transpose([x_q.to(device)], scale if scale is None else scale.to(device)),
     )
     same_codes(actual[0], expected[0])
     assert torch.equal(actual[1].cpu(), expected[1])
@@ -342,7 +342,7 @@ def test_transpose_moves_every_code_by_every_ratio(twin, device, dtype):
     exponents = torch.tensor([*range(41), 60, 100, 126, 200, 229], dtype=torch.float64)  # of scales down to 2**-129
     x_s = torch.exp2(100 - exponents)[:, None].float()
     x_q = codes.expand(len(exponents), -1).contiguous().view(dtype)
-    expected, actual = transpose_ref(x_q, x_s), twin.transpose(x_q.to(device), x_s.to(device))
+    expected, actual = transpose_ref(x_q, x_s), twin.transpose([x_q.to(device)], x_s.to(device))
     assert actual[1].item() == expected[1].item() == 2.0**100
     moved = actual[0].cpu().float()
     assert torch.equal(moved.nan_to_num(7e37), expected[0].float().nan_to_num(7e37))
@@ -358,12 +358,25 @@ def test_transpose_of_broken_and_of_vanished_scales(twin, device, dtype):
     """One NaN scale makes all codes NaN; scales below the smallest normal number are measured against that."""
     x_q = quantize_ref(sample(5, 32), dtype, "token", 0, True, None, True, False)[0]
     broken = torch.tensor([1.0, 2.0, float("nan"), 0.5, 0.0])[:, None]
-    x_qt, top = twin.transpose(x_q.to(device), broken.to(device))
+    x_qt, top = twin.transpose([x_q.to(device)], broken.to(device))
     assert top.isnan().all() and x_qt[:, :5].float().isnan().all()
     for scales in ([0.0] * 5, [2.0**-130, 2.0**-128, 0.0, 2.0**-149, 2.0**-127]):
         x_s = torch.tensor(scales)[:, None]
-        expected, actual = transpose_ref(x_q, x_s), twin.transpose(x_q.to(device), x_s.to(device))
+        expected, actual = transpose_ref(x_q, x_s), twin.transpose([x_q.to(device)], x_s.to(device))
         assert torch.equal(actual[0].cpu().float(), expected[0].float()) and torch.equal(actual[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("rows", [(32, 16, 16), (5, 130, 7), (40, 0, 3), (3, 0), (0, 0), (48, 144)])
+def test_transpose_of_several_is_that_of_them_joined(twin, device, rows, dtype):
+    x_q, _, x_s = quantize_ref(sample(sum(rows), 100), dtype, "token", 0, True, None, True, False)
+    parts = [part.to(device) for part in x_q.split(rows)]
+    for scale in (x_s, None) if sum(rows) else (None,):
+        expected = transpose_ref(x_q, scale)
+        for transpose in (twin.transpose, ck.transpose):
+            codes, top = transpose(parts, scale if scale is None else scale.to(device))
+            assert codes.dtype == dtype and torch.equal(codes.cpu().float(), expected[0].float())
+            assert scale is None or torch.equal(top.cpu(), expected[1])
 
 
 def test_leading_dimensions_are_flattened(device):
@@ -392,7 +405,8 @@ def test_registration(device, granularity, group):
             torch.ops.coat_kernels.dequantize.default, (x_q, x_s, group, torch.bfloat16), test_utils=OPCHECKS
         )
     for scale in (None, *([x_s] if granularity == "token" else [])):
-        torch.library.opcheck(torch.ops.coat_kernels.transpose.default, (x_q, scale), test_utils=OPCHECKS)
+        for parts in ([x_q], list(x_q.split(9))):
+            torch.library.opcheck(torch.ops.coat_kernels.transpose.default, (parts, scale), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize(
@@ -422,3 +436,19 @@ def test_registration(device, granularity, group):
 def test_bad_input_is_named(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ck.quantize(**{"x": torch.ones(2, 16), **change})
+
+
+@pytest.mark.parametrize(
+    ("x_q", "scale", "message"),
+    [
+        ([], None, "empty sequence"),
+        (torch.ones(2, 16), None, "x_q is torch.float32"),
+        ([torch.ones(2, 16).to(E4M3), torch.ones(2, 8).to(E4M3)], None, r"\[2, 8\] .* cannot stand below"),
+        ([torch.ones(2, 16).to(E4M3), torch.ones(2, 16).to(E5M2)], None, "cannot stand below"),
+        ([torch.ones(2, 16).to(E4M3)] * 2, torch.ones(2, 1), r"\[2, 1\], expected torch.float32 \[4, 1\]"),
+        (torch.ones(2, 16).to(E4M3), torch.ones(1, 1), r"\[1, 1\], expected torch.float32 \[2, 1\]"),
+    ],
+)
+def test_bad_input_of_transpose_is_named(x_q, scale, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ck.transpose(x_q, scale)
