@@ -17,6 +17,7 @@ from .states_triton import (
     POINTERS,
     SCALARS,
     WIDTH,
+    bends,
     both,
     decode_e4m3,
     decode_ratios,
@@ -70,12 +71,16 @@ def _adamw_kernel(
     first = (pid - tl.load(row + FIRST_PROGRAM).to(tl.int32)) * (TILES * GROUPS)
     scalar = scalars + place * SCALARS
     lr = tl.load(scalar)
-    step_size = lr * tl.load(scalar + 1)
-    inverse_correction = tl.load(scalar + 2)
+    # A step of m * step_size / (root * inverse_correction + eps) is m over this slope times the root, and this offset.
+    inverse_step_size = 1.0 / (lr * tl.load(scalar + 1))
+    moves = lr != 0.0
+    slope = tl.where(moves, tl.load(scalar + 2) * inverse_step_size, 0.0)
+    offset_of_root = tl.where(moves, eps * inverse_step_size, float("inf"))
     key = tl.load(scalar + 3).to(tl.uint32, bitcast=True)
     decay = 1.0 - lr * weight_decay
 
     broken = tl.zeros((GROUPS,), tl.int32)
+    table = bends() if FORMAT == PAPER else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     group = first + tl.arange(0, GROUPS)
     m_expansion = tl.full((GROUPS,), 16, tl.uint8)
@@ -129,7 +134,7 @@ def _adamw_kernel(
         second = second & finite[:, None]
 
         p = read_weights(param, residual, MODE)
-        p = p * decay - step_size * m * fast_reciprocal(root * inverse_correction + eps)
+        p = p * decay - m * fast_reciprocal(root * slope + offset_of_root)
         index = both(offset, offset + offset.shape[1]) if HALVES else offset
         rounded, residual = round_weights(p, key, index, MODE)
         store(param_ptr, offset, rounded, mask, second, HALVES)
@@ -143,10 +148,10 @@ def _adamw_kernel(
             store(v_ptr, offset, v_codes, mask, second, HALVES)
             tl.store(v_scale_ptr + group, v_scale, inside)
         else:
-            m_codes, m_scale, m_new = encode_e4m3(m, m_bits, m_amax, FORMAT == PAPER, False)
+            m_codes, m_scale, m_new = encode_e4m3(m, m_bits, m_amax, table, FORMAT == PAPER, False)
             store(m_ptr, offset, m_codes, mask, second, HALVES)
             tl.store(m_scale_ptr + group, m_scale, inside)
-            v_codes, v_scale, v_new = encode_e4m3(v, v_bits, v_amax, FORMAT == PAPER, True)
+            v_codes, v_scale, v_new = encode_e4m3(v, v_bits, v_amax, table, FORMAT == PAPER, True)
             store(v_ptr, offset, v_codes, mask, second, HALVES)
             tl.store(v_scale_ptr + group, v_scale, inside)
             if FORMAT == PAPER:

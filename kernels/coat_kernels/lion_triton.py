@@ -17,6 +17,7 @@ from .states_triton import (
     POINTERS,
     SCALARS,
     WIDTH,
+    bends,
     both,
     decode_companded,
     decode_e4m3,
@@ -61,6 +62,7 @@ def _lion_kernel(
     decay = 1.0 - lr * weight_decay
 
     broken = tl.zeros((GROUPS,), tl.int32)
+    table = bends() if FORMAT == PAPER else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     for start in tl.range(first, stop, GROUPS, num_stages=STAGES):
         group = start + tl.arange(0, GROUPS)
@@ -98,7 +100,7 @@ def _lion_kernel(
         if FORMAT == LEAN:
             codes, scale = encode_companded(m, bits, amax)
         else:
-            codes, scale, expansion = encode_e4m3(m, bits, amax, FORMAT == PAPER, False)
+            codes, scale, expansion = encode_e4m3(m, bits, amax, table, FORMAT == PAPER, False)
             if FORMAT == PAPER:
                 tl.store(expansion_ptr + group, expansion, inside)
         store(m_ptr, offset, codes, mask, second, HALVES)

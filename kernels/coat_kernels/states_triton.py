@@ -122,29 +122,47 @@ def fast_rsqrt(x):
 
 
 @triton.jit
-def _saturated(x, factor, summand):
-    """``x * factor + summand``, held between 0 and 1."""
-    if INTERPRETED:
-        y = tl.minimum(tl.maximum(x * factor + summand, 0.0), 1.0)
-    else:
-        y = tl.inline_asm_elementwise(
-            "fma.rn.ftz.sat.f32 $0, $1, $2, $3;", "=r,r,r,r", [x, factor, summand], tl.float32, is_pure=True, pack=1
-        )
-    return y
+def _bend(part):
+    """What makes exponents and mantissas of a logarithm, for one of the 32 parts of a binade; see :func:`code_exp2`.
+
+    E4M3 parts numbers at ``2**n * (1 + k/16)``, 0 < k < 16 (its subnormal ones at some of these). No part of a binade
+    has two of these. Numbers of a part move by as much as puts its own, or else the nearest, exactly where it is.
+    """
+    middle = part.to(tl.float32) * (1.0 / 32) + 1.0 / 64
+    k = (tl.exp2(middle) * 16.0 + (ROUND - 16.0)) - ROUND
+    moved = k * (1.0 / 16) - fast_log2(k * (1.0 / 16) + 1.0)
+    # Beside it what turns the exponent field of code_exp2's number, 5 bits to the left, into that of its result.
+    return (moved * 8388608.0 + ROUND).to(tl.int32, bitcast=True) + (0x44000000 - 0x4B400000)
 
 
 @triton.jit
-def polynomial_exp2(x, factor, summand):
-    """``2**(x * factor + summand)``, the exponent held between -119 and 9; 1e-5 off at most, without a slow
-    instruction: 2**n from the bits of n."""
-    z = _saturated(x, factor * (1.0 / 128), (summand + 119.0) * (1.0 / 128))
-    shifted = z * 128.0 + (ROUND - 119.0)  # once rounded: ROUND + n
-    f = z * 128.0 - (shifted - (ROUND - 119.0))  # in [-1/2, 1/2]
-    y = 0.009618129 * f + 0.055504109
-    y = y * f + 0.24022651
-    y = y * f + 0.69314718
-    y = y * f + 1.0
-    return (y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+def bends():
+    """:func:`_bend` of the part that has the number of this thread among its 32; a scalar."""
+    if INTERPRETED:
+        return 0
+    else:
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
+        return _bend(lane)
+
+
+@triton.jit
+def code_exp2(x, factor, summand, table):
+    """A number that rounds to the E4M3 code of ``2**(x * factor + summand)``, an exponent between -23 and 9; zero for
+    ``x`` of -inf. ``table``: :func:`bends`.
+
+    The bits of 1 + (exponent + 23) / 32, 5 to the left, are those of a float whose exponent is right, and whose
+    mantissa is the fraction f of the exponent in place of 2**f - 1. That differs by up to 0.09; but it is right at the
+    bounds between codes, after the other threads have told how much to add in which 32nd of the binade.
+    """
+    u = (x * (factor * (1.0 / 32)) + (summand * (1.0 / 32) + (1.0 + 23.0 / 32))).to(tl.uint32, bitcast=True)
+    part = (u >> 13).to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        bend = _bend(part & 31)
+    else:  # which reads the lowest five bits
+        bend = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [table, part], tl.int32, is_pure=True, pack=1
+        )
+    return ((u << 5) + bend.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -187,9 +205,9 @@ def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.cons
 
 
 @triton.jit
-def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
+def encode_e4m3(x, bits, amax_bits, table, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
     """What to round to codes [GROUPS, LANES], scale and expansion [GROUPS] of finite ``x``, given the bits of |x| and
-    their maxima."""
+    their maxima; ``table``: :func:`bends`."""
     empty = amax_bits < NORMAL
     scale = tl.where(empty, 0, amax_bits).to(tl.float32, bitcast=True)
     magnitude = bits.to(tl.float32, bitcast=True)
@@ -203,8 +221,8 @@ def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr
         chosen = (chosen - 0.49999 + ROUND) - ROUND  # rounded down, where it is not 1e-5 below the next integer
         expansion = tl.where(empty, expansion, tl.minimum(tl.maximum(chosen, 1.0), 255.0))
         power = expansion * 0.0625
-        # Zeros have a log2 of -inf; 2**-119 rounds to a code of zero as well.
-        y = polynomial_exp2(fast_log2(magnitude), power[:, None], (power * -log_scale + LOG2_LARGEST)[:, None])
+        summand = (power * -log_scale + LOG2_LARGEST)[:, None]
+        y = code_exp2(fast_log2(magnitude), power[:, None], summand, table)
     else:
         y = magnitude * (fast_reciprocal(tl.where(empty, 1.0, scale)) * LARGEST)[:, None]
         y = tl.where(bits < NORMAL, 0.0, tl.maximum(y, 2.0**-9) if POSITIVE else y)
