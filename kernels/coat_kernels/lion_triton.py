@@ -16,9 +16,10 @@ from .states_triton import (
     PAPER,
     POINTERS,
     SCALARS,
+    STOCHASTIC,
     WIDTH,
     bends,
-    both,
+    chances,
     decode_companded,
     decode_e4m3,
     encode_companded,
@@ -49,7 +50,7 @@ def _lion_kernel(
     row = table + place * WIDTH
     param_ptr = tl.multiple_of(tl.load(row + POINTERS).to(tl.pointer_type(PARAM)), ALIGNMENT)
     grad_ptr = tl.multiple_of(tl.load(row + POINTERS + 1).to(tl.pointer_type(GRAD)), ALIGNMENT)
-    residual_ptr = tl.multiple_of(tl.load(row + POINTERS + 2).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
+    residual_ptr = tl.multiple_of(tl.load(row + POINTERS + 2).to(tl.pointer_type(tl.int8)), ALIGNMENT)
     m_ptr = tl.multiple_of(tl.load(row + POINTERS + 3).to(tl.pointer_type(CODES)), ALIGNMENT)
     scale_ptr = tl.load(row + POINTERS + 4).to(tl.pointer_type(tl.float32))
     expansion_ptr = tl.load(row + POINTERS + 5).to(tl.pointer_type(tl.uint8))
@@ -92,8 +93,8 @@ def _lion_kernel(
 
         p = read_weights(param, residual, MODE) * decay
         p -= tl.where(direction > 0.0, lr, tl.where(direction < 0.0, -lr, 0.0))
-        index = both(offset, offset + offset.shape[1]) if HALVES else offset
-        rounded, residual = round_weights(p, key, index, MODE)
+        chance = chances(key, group, offset, RAGGED, LANES, HALVES) if MODE == STOCHASTIC else 0
+        rounded, residual = round_weights(p, chance, MODE)
         store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
             store(residual_ptr, offset, residual, mask, second, HALVES)

@@ -43,11 +43,13 @@ class Cut(NamedTuple):
         halves: Load the halves of a group apart, so that 16 values of it come to one thread, in two pieces of 16 bytes
             of BF16, and none changes its thread. What concerns a group (maxima, logarithms, quotients) is then
             computed half as often.
+        registers: That a thread may have, fewer for more programs at once; None for what the compiler takes.
     """
 
     tile: int
     stages: int
     halves: bool
+    registers: int | None = None
 
 
 # The fastest on an H200: expansion, which does most for each group, gains by halves; the others wait for memory alone.
@@ -119,6 +121,17 @@ def fast_rsqrt(x):
         return 1.0 / tl.sqrt(tl.maximum(x, 1.1754943508222875e-38))
     else:
         return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _one_or_zero(x):
+    """1 for ``x`` of 2**-64 and more, 0 for zero: without a predicate, of which a thread has few."""
+    if INTERPRETED:
+        return tl.minimum(x * 1.8446744073709552e19, 1.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.sat.f32 $0, $1, 0f5F800000;", "=r,r", [x], tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -248,12 +261,10 @@ def decode_ratios(codes, scale):
 
 
 @triton.jit
-def encode_roots(roots, some):
-    """Codes [GROUPS, LANES] and scale [GROUPS] of second moments, given their roots and which are not zero."""
-    scale = tl.max(roots, axis=1)
+def encode_roots(roots, scale):
+    """Codes [GROUPS, LANES] of second moments, given their roots, 2**-64 or more or zero, and the largest [GROUPS]."""
     inverse = 65025.0 * fast_reciprocal(tl.where(scale > 0.0, scale, 1.0))
-    c = tl.maximum(fast_sqrt(roots * inverse[:, None]), 1.0)
-    return _to_byte(tl.where(some, c, 0.0)), scale
+    return _to_byte(tl.maximum(fast_sqrt(roots * inverse[:, None]), _one_or_zero(roots)))
 
 
 @triton.jit
@@ -285,34 +296,56 @@ def encode_companded(x, bits, amax_bits):
 
 @triton.jit
 def read_weights(param, residual, MODE: tl.constexpr):
-    """Float32 weights of a tile of a parameter; ``residual`` counts with MASTER alone."""
+    """Float32 weights of a tile of a parameter; ``residual``, int32 from int8, counts with MASTER alone."""
     p = param.to(tl.float32)
     if MODE == MASTER:
-        low = ((residual.to(tl.int32) ^ 0x80) - 0x80) << 8
-        bits = p.to(tl.int32, bitcast=True)
-        magnitude = tl.maximum((bits & 0x7FFFFFFF) + low, 0)
+        magnitude = tl.maximum((p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + (residual << 8), 0)
         p = _with_sign(magnitude.to(tl.float32, bitcast=True), p)
     return p
 
 
 @triton.jit
-def round_weights(p, key, offset, MODE: tl.constexpr):
-    """Float32 weights as the parameter keeps them but for rounding to nearest, and their residuals in the low byte of
-    an int32; ``key`` and ``offset`` count with STOCHASTIC, where the offset is the index of a value in its parameter,
-    int64."""
-    residual = tl.zeros(p.shape, tl.int32)
+def _mixed(offset, key):
+    return offset.to(tl.uint32) * 0x9E3779B1 + (offset >> 32).to(tl.uint32) * 0x85EBCA77 + key
+
+
+@triton.jit
+def chances(key, group, offset, RAGGED: tl.constexpr, LANES: tl.constexpr, HALVES: tl.constexpr):
+    """What STOCHASTIC rounding of a tile hashes, uint32: ``mixed`` of each value's index in its parameter, plus key.
+
+    ``offset`` is of :func:`locate`. If no group is RAGGED, no 2**32 lies inside of one.
+    """
+    HALF: tl.constexpr = offset.shape[1]
+    if RAGGED:
+        x = _mixed(offset, key)
+        y = _mixed(offset + HALF, key)
+    else:
+        lane = tl.arange(0, HALF)[None, :].to(tl.uint32)
+        first = _mixed(group.to(tl.int64) * LANES, key)[:, None]
+        x = first + lane * 0x9E3779B1
+        y = first + (lane + HALF) * 0x9E3779B1
+    return both(x, y) if HALVES else x
+
+
+@triton.jit
+def round_weights(p, chance, MODE: tl.constexpr):
+    """Float32 weights as a parameter keeps them: float32, to be rounded to nearest, or else BF16 with the residuals in
+    the low byte of an int32. ``chance``: :func:`chances`, which count with STOCHASTIC."""
+    residual = 0
     if MODE == STOCHASTIC:
-        x = offset.to(tl.uint32) * 0x9E3779B1 + (offset >> 32).to(tl.uint32) * 0x85EBCA77 + key
-        x = (x ^ (x >> 16)) * 0x85EBCA6B
+        x = (chance ^ (chance >> 16)) * 0x85EBCA6B
         x = (x ^ (x >> 13)) * 0xC2B2AE35
-        bits = p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16)
-        p = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        p = _upper_half(p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16))
     elif MODE == MASTER:
-        magnitude = ((p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 0x80) & -256
-        high = (magnitude + 0x8000) & -65536
-        residual = (magnitude - high) >> 8
-        p = _with_sign(high.to(tl.float32, bitcast=True), p)
+        bits = p.to(tl.uint32, bitcast=True) + 0x80  # also of a negative number: it is the magnitude that grows
+        residual = (bits >> 8).to(tl.int32, bitcast=True)
+        p = _upper_half(bits + 0x8000)
     return p, residual
+
+
+@triton.jit
+def _upper_half(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 # --- one launch for many parameters
@@ -385,6 +418,8 @@ def store(pointer, offset, x, mask, second, HALVES: tl.constexpr):
 def _narrow(x, DTYPE: tl.constexpr):
     if x.dtype == tl.int32:
         narrow = x.to(DTYPE)
+    elif x.dtype == DTYPE:
+        narrow = x
     elif DTYPE == tl.float8e4nv:
         if INTERPRETED:
             narrow = to_fp8(x, 8)
@@ -493,7 +528,8 @@ def launch(
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,
-                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, enable_fp_fusion=True,
+                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers,
+                enable_fp_fusion=True,
             )  # fmt: skip
     for param, dense, _ in kept:
         if dense is param:
