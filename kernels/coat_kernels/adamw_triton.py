@@ -21,6 +21,7 @@ from .states_triton import (
     bends,
     chances,
     decode_e4m3,
+    decode_logs,
     decode_ratios,
     decode_roots,
     encode_e4m3,
@@ -31,7 +32,9 @@ from .states_triton import (
     fast_sqrt,
     find_parameter,
     load,
+    load_logs,
     locate,
+    mantissas,
     read_weights,
     round_weights,
     store,
@@ -44,7 +47,7 @@ def _adamw_kernel(
     kept1, unit1, kept2, unit2, unit_root, eps, weight_decay,  # unit = 1 - beta; kept = beta / unit; root of unit2
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, HALVES: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr, TABLED: tl.constexpr,
 ):  # fmt: skip
     """One program: the AdamW step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters.
 
@@ -87,6 +90,7 @@ def _adamw_kernel(
 
     broken = tl.zeros((GROUPS,), tl.int32)
     table = bends() if FORMAT == PAPER else 0
+    known = mantissas() if FORMAT == PAPER and TABLED > 0 else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     group = first + tl.arange(0, GROUPS)
     m_expansion = tl.full((GROUPS,), 16, tl.uint8)
@@ -109,9 +113,15 @@ def _adamw_kernel(
         param = load(param_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
         residual = load(residual_ptr, offset, mask, second, 0, tl.int32, HALVES) if MODE == MASTER else 0
         g = load(grad_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
-        m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
+        if FORMAT == PAPER and TABLED > 1:
+            m_codes, m_signs = load_logs(m_ptr, offset, mask, second, known, HALVES)
+        else:
+            m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         m_scale = tl.load(m_scale_ptr + group, inside, other=0.0)
-        v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
+        if FORMAT == PAPER and TABLED > 0:
+            v_codes, v_signs = load_logs(v_ptr, offset, mask, second, known, HALVES)
+        else:
+            v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         v_scale = tl.load(v_scale_ptr + group, inside, other=0.0)
 
         if FORMAT == LEAN:
@@ -124,8 +134,14 @@ def _adamw_kernel(
             m_amax = tl.max(ratio.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, axis=1)
             v_amax = tl.max(v.to(tl.uint32, bitcast=True), axis=1)  # a NaN may have a sign, and be larger still
         else:
-            m = decode_e4m3(m_codes, kept1 * m_scale, m_expansion, FORMAT == PAPER, False) + g
-            v = decode_e4m3(v_codes, kept2 * v_scale, v_expansion, FORMAT == PAPER, True) + g * g
+            if FORMAT == PAPER and TABLED > 1:
+                m = decode_logs(m_codes, m_signs, kept1 * m_scale, m_expansion, False) + g
+            else:
+                m = decode_e4m3(m_codes, kept1 * m_scale, m_expansion, FORMAT == PAPER, False) + g
+            if FORMAT == PAPER and TABLED > 0:
+                v = decode_logs(v_codes, v_signs, kept2 * v_scale, v_expansion, True) + g * g
+            else:
+                v = decode_e4m3(v_codes, kept2 * v_scale, v_expansion, FORMAT == PAPER, True) + g * g
             # As uint32 magnitudes are ordered, with inf and NaN on top. (A NaN may have a sign, also in v.)
             m_bits = m.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
             v_bits = v.to(tl.uint32, bitcast=True)

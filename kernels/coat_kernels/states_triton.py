@@ -7,9 +7,9 @@ a second one what changes with the step.
 
 With BF16 parameters and gradients ten bytes move per value (the gradient in; the parameter and two codes in and out).
 At the speed of an H200's memory that leaves time for some 75 instructions per value, nine of them of the slow kind
-(log2, exp2, roots, quotients). ``lean`` needs 60 and three slow ones. Expansion needs a log2 and an exp2 to decode and
-to encode each moment, of which the exp2 of the encoding are polynomials on the fast units: six of the slow kind, with
-those for the step itself eight; 63 instructions with what a group needs.
+(log2, exp2, roots, quotients). ``lean`` needs 58 and three slow ones. Expansion needs a log2 and an exp2 to decode
+each moment and a log2 to encode it, and the step two more: eight of the slow kind, with what a group needs. The exp2
+of the encoding is none: only the code counts, and that comes from a table in the registers of a warp; 50 to 53 in all.
 """
 
 from collections import OrderedDict, defaultdict
@@ -50,6 +50,7 @@ class Cut(NamedTuple):
     stages: int
     halves: bool
     registers: int | None = None
+    tabled: int = 0  # moments whose codes' logarithms come from a table: 0, 1 (the second), 2
 
 
 # The fastest on an H200: expansion, which does most for each group, gains by halves; the others wait for memory alone.
@@ -215,6 +216,87 @@ def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.cons
         return scale[:, None] * (x if POSITIVE else _with_sign(x, q))
     else:
         return q * (scale * (1.0 / LARGEST))[:, None]
+
+
+# Of four codes the bits of E5M10 numbers, whose exponents and mantissas are logarithms but for what the threads know
+# of each mantissa. Subtracted, so that the mark of numbers other than zero, 0x3C in the top byte, leaves zero -2**118.
+_LOGS = tl.constexpr("""{
+    .reg .b16 low, high; .reg .b32 a, x, y, u, v, zero, part;
+    and.b32 a, $8, 0x7F7F7F7F;
+    mov.b32 {low, high}, a;
+    mov.b32 zero, 0;
+    cvt.rn.f16x2.e4m3x2 x, low;
+    cvt.rn.f16x2.e4m3x2 y, high;
+    set.ne.f16x2.f16x2 u, x, zero;
+    set.ne.f16x2.f16x2 v, y, zero;
+    prmt.b32 a, x, u, 0x5104;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $9, part, 31, 0xffffffff;
+    sub.u32 $0, part, a;
+    prmt.b32 a, x, u, 0x7324;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $10, part, 31, 0xffffffff;
+    sub.u32 $1, part, a;
+    prmt.b32 a, y, v, 0x5104;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $11, part, 31, 0xffffffff;
+    sub.u32 $2, part, a;
+    prmt.b32 a, y, v, 0x7324;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $12, part, 31, 0xffffffff;
+    sub.u32 $3, part, a;
+    prmt.b32 $4, $8, zero, 0x0444;
+    prmt.b32 $5, $8, zero, 0x1444;
+    prmt.b32 $6, $8, zero, 0x2444;
+    mov.b32 $7, $8;
+}""")
+
+
+@triton.jit
+def mantissas():
+    """What thread ``8 i + j`` knows of the mantissa j, for :func:`logs_of_codes`; a scalar."""
+    if INTERPRETED:
+        return 0
+    else:
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
+        x = (lane & 7).to(tl.float32) * 0.125
+        return ((x - fast_log2(x + 1.0) + (15.0 + LOG2_LARGEST)) * 262144.0 + 0.5).to(tl.int32) - 0x05000000
+
+
+@triton.jit
+def logs_of_codes(codes, table):
+    """``log2(|q| / 448) / 64 - 1/2`` of E4M3 codes, float32, and uint32 with their signs in the top bit."""
+    if INTERPRETED:
+        q = codes.to(tl.float32)
+        logs = fast_log2(tl.abs(q)) * (1.0 / 64) - (LOG2_LARGEST / 64 + 0.5)
+        signs = q.to(tl.uint32, bitcast=True)
+    else:
+        logs, signs = tl.inline_asm_elementwise(
+            _LOGS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r", [codes.to(tl.uint8, bitcast=True), table],
+            (tl.float32, tl.uint32), is_pure=True, pack=4,
+        )  # fmt: skip
+    return logs, signs
+
+
+@triton.jit
+def load_logs(pointer, offset, mask, second, table, HALVES: tl.constexpr):
+    """:func:`logs_of_codes` of a tile, as :func:`load` loads it."""
+    logs, signs = logs_of_codes(tl.load(pointer + offset, mask, other=0.0), table)
+    if HALVES:
+        more, others = logs_of_codes(tl.load(pointer + offset.shape[1] + offset, second, other=0.0), table)
+        logs = both(logs, more)
+        signs = both(signs, others)
+    return logs, signs
+
+
+@triton.jit
+def decode_logs(logs, signs, scale, expansion, POSITIVE: tl.constexpr):
+    """:func:`decode_e4m3` with expansion of what :func:`load_logs` returned."""
+    factor = 1024.0 * fast_reciprocal(_unsigned(expansion))
+    x = tl.exp2(logs * factor[:, None] + (factor * 0.5)[:, None])
+    if not POSITIVE:
+        x = _with_sign(x, signs.to(tl.float32, bitcast=True))
+    return scale[:, None] * x
 
 
 @triton.jit
@@ -528,7 +610,7 @@ def launch(
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,
-                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers,
+                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers, TABLED=cut.tabled,
                 enable_fp_fusion=True,
             )  # fmt: skip
     for param, dense, _ in kept:
