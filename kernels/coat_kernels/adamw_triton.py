@@ -16,9 +16,12 @@ from .states_triton import (
     PAPER,
     POINTERS,
     SCALARS,
+    STOCHASTIC,
     WIDTH,
-    both,
+    bends,
+    chances,
     decode_e4m3,
+    decode_logs,
     decode_ratios,
     decode_roots,
     encode_e4m3,
@@ -29,7 +32,9 @@ from .states_triton import (
     fast_sqrt,
     find_parameter,
     load,
+    load_logs,
     locate,
+    mantissas,
     read_weights,
     round_weights,
     store,
@@ -39,12 +44,15 @@ from .states_triton import (
 @triton.jit(do_not_specialize=["parameters"])
 def _adamw_kernel(
     table, scalars, parameters, skipped,  # int64 [parameters, WIDTH]; float32 [parameters, SCALARS]; int64 [1]
-    beta1, rest1, beta2, rest2, eps, weight_decay,  # rest = 1 - beta
+    kept1, unit1, kept2, unit2, unit_root, eps, weight_decay,  # unit = 1 - beta; kept = beta / unit; root of unit2
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, HALVES: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr, TABLED: tl.constexpr,
 ):  # fmt: skip
     """One program: the AdamW step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters.
+
+    Inside m is in units of 1 - beta1, v in units of 1 - beta2, and so are scales until they are stored: that saves
+    three products for each value.
 
     RAGGED: some groups have fewer than LANES values. ALIGNMENT divides the addresses of values and codes, and where
     RAGGED also the length of a row. HALVES: see :func:`both`.
@@ -57,7 +65,7 @@ def _adamw_kernel(
     row = table + place * WIDTH
     param_ptr = tl.multiple_of(tl.load(row + POINTERS).to(tl.pointer_type(PARAM)), ALIGNMENT)
     grad_ptr = tl.multiple_of(tl.load(row + POINTERS + 1).to(tl.pointer_type(GRAD)), ALIGNMENT)
-    residual_ptr = tl.multiple_of(tl.load(row + POINTERS + 2).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
+    residual_ptr = tl.multiple_of(tl.load(row + POINTERS + 2).to(tl.pointer_type(tl.int8)), ALIGNMENT)
     m_ptr = tl.multiple_of(tl.load(row + POINTERS + 3).to(tl.pointer_type(CODES)), ALIGNMENT)
     m_scale_ptr = tl.load(row + POINTERS + 4).to(tl.pointer_type(tl.float32))
     m_expansion_ptr = tl.load(row + POINTERS + 5).to(tl.pointer_type(tl.uint8))
@@ -70,12 +78,19 @@ def _adamw_kernel(
     first = (pid - tl.load(row + FIRST_PROGRAM).to(tl.int32)) * (TILES * GROUPS)
     scalar = scalars + place * SCALARS
     lr = tl.load(scalar)
-    step_size = lr * tl.load(scalar + 1)
-    inverse_correction = tl.load(scalar + 2)
+    # step_size * m / (root * inverse_correction + eps) is m, in its unit, over slope times the root plus an offset.
+    inverse_step = 1.0 / (lr * tl.load(scalar + 1) * unit1)
+    moves = lr != 0.0
+    slope = tl.where(moves, tl.load(scalar + 2) * unit_root * inverse_step, 0.0)
+    least = tl.where(moves, eps * inverse_step, float("inf"))
     key = tl.load(scalar + 3).to(tl.uint32, bitcast=True)
     decay = 1.0 - lr * weight_decay
+    smallest = 1.1754943508222875e-38 / unit2  # 2**-126; second moments below are zero
+    ratio_unit = unit1 / unit_root
 
     broken = tl.zeros((GROUPS,), tl.int32)
+    table = bends() if FORMAT == PAPER else 0
+    known = mantissas() if FORMAT == PAPER and TABLED > 0 else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     group = first + tl.arange(0, GROUPS)
     m_expansion = tl.full((GROUPS,), 16, tl.uint8)
@@ -98,24 +113,35 @@ def _adamw_kernel(
         param = load(param_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
         residual = load(residual_ptr, offset, mask, second, 0, tl.int32, HALVES) if MODE == MASTER else 0
         g = load(grad_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
-        m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
+        if FORMAT == PAPER and TABLED > 1:
+            m_codes, m_signs = load_logs(m_ptr, offset, mask, second, known, HALVES)
+        else:
+            m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         m_scale = tl.load(m_scale_ptr + group, inside, other=0.0)
-        v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
+        if FORMAT == PAPER and TABLED > 0:
+            v_codes, v_signs = load_logs(v_ptr, offset, mask, second, known, HALVES)
+        else:
+            v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         v_scale = tl.load(v_scale_ptr + group, inside, other=0.0)
 
         if FORMAT == LEAN:
             root = decode_roots(v_codes, v_scale)
-            m = decode_ratios(m_codes, beta1 * m_scale) * root + rest1 * g
-            v = root * root * beta2 + rest2 * g * g
-            some = v >= 1.1754943508222875e-38  # 2**-126; less is zero
-            inverse_root = tl.where(some, fast_rsqrt(v), 0.0)
+            m = decode_ratios(m_codes, kept1 * m_scale) * root + g
+            v = root * kept2 * root + g * g
+            inverse_root = tl.where(v >= smallest, fast_rsqrt(v), 0.0)
             root = v * inverse_root
             ratio = m * inverse_root
             m_amax = tl.max(ratio.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, axis=1)
             v_amax = tl.max(v.to(tl.uint32, bitcast=True), axis=1)  # a NaN may have a sign, and be larger still
         else:
-            m = decode_e4m3(m_codes, beta1 * m_scale, m_expansion, FORMAT == PAPER, False) + rest1 * g
-            v = decode_e4m3(v_codes, beta2 * v_scale, v_expansion, FORMAT == PAPER, True) + rest2 * g * g
+            if FORMAT == PAPER and TABLED > 1:
+                m = decode_logs(m_codes, m_signs, kept1 * m_scale, m_expansion, False) + g
+            else:
+                m = decode_e4m3(m_codes, kept1 * m_scale, m_expansion, FORMAT == PAPER, False) + g
+            if FORMAT == PAPER and TABLED > 0:
+                v = decode_logs(v_codes, v_signs, kept2 * v_scale, v_expansion, True) + g * g
+            else:
+                v = decode_e4m3(v_codes, kept2 * v_scale, v_expansion, FORMAT == PAPER, True) + g * g
             # As uint32 magnitudes are ordered, with inf and NaN on top. (A NaN may have a sign, also in v.)
             m_bits = m.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
             v_bits = v.to(tl.uint32, bitcast=True)
@@ -129,26 +155,28 @@ def _adamw_kernel(
         second = second & finite[:, None]
 
         p = read_weights(param, residual, MODE)
-        p = p * decay - step_size * m * fast_reciprocal(root * inverse_correction + eps)
-        index = both(offset, offset + offset.shape[1]) if HALVES else offset
-        rounded, residual = round_weights(p, key, index, MODE)
+        p = p * decay - m * fast_reciprocal(root * slope + least)
+        chance = chances(key, group, offset, RAGGED, LANES, HALVES) if MODE == STOCHASTIC else 0
+        rounded, residual = round_weights(p, chance, MODE)
         store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
             store(residual_ptr, offset, residual, mask, second, HALVES)
         if FORMAT == LEAN:
             m_codes, m_scale = encode_ratios(ratio, m_amax)
             store(m_ptr, offset, m_codes, mask, second, HALVES)
-            tl.store(m_scale_ptr + group, m_scale, inside)
-            v_codes, v_scale = encode_roots(root, some)
+            tl.store(m_scale_ptr + group, m_scale * ratio_unit, inside)
+            top = v_amax.to(tl.float32, bitcast=True)
+            v_scale = tl.where(top >= smallest, top * fast_rsqrt(top), 0.0)
+            v_codes = encode_roots(root, v_scale)
             store(v_ptr, offset, v_codes, mask, second, HALVES)
-            tl.store(v_scale_ptr + group, v_scale, inside)
+            tl.store(v_scale_ptr + group, v_scale * unit_root, inside)
         else:
-            m_codes, m_scale, m_new = encode_e4m3(m, m_bits, m_amax, FORMAT == PAPER, False)
+            m_codes, m_scale, m_new = encode_e4m3(m, m_bits, m_amax, table, FORMAT == PAPER, False)
             store(m_ptr, offset, m_codes, mask, second, HALVES)
-            tl.store(m_scale_ptr + group, m_scale, inside)
-            v_codes, v_scale, v_new = encode_e4m3(v, v_bits, v_amax, FORMAT == PAPER, True)
+            tl.store(m_scale_ptr + group, m_scale * unit1, inside)
+            v_codes, v_scale, v_new = encode_e4m3(v, v_bits, v_amax, table, FORMAT == PAPER, True)
             store(v_ptr, offset, v_codes, mask, second, HALVES)
-            tl.store(v_scale_ptr + group, v_scale, inside)
+            tl.store(v_scale_ptr + group, v_scale * unit2, inside)
             if FORMAT == PAPER:
                 tl.store(m_expansion_ptr + group, m_new, inside)
                 tl.store(v_expansion_ptr + group, v_new, inside)
@@ -163,8 +191,9 @@ def adamw_step(
     residuals, steps, skipped, lr, beta1, beta2, eps, weight_decay, group_size, format, weights, seed, numbers, firsts,
 ):  # fmt: skip
     moments = (exp_avgs, exp_avg_scales, exp_avg_expansions), (exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions)
+    unit1, unit2 = 1 - beta1, 1 - beta2
     shared.launch(
         _adamw_kernel, params, grads, moments, residuals, steps, skipped, lr, (beta1, beta2),
-        (beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay), group_size, StateFormat(format), Weights(weights),
-        seed, numbers, firsts,
+        (beta1 / unit1, unit1, beta2 / unit2, unit2, unit2**0.5, eps, weight_decay), group_size, StateFormat(format),
+        Weights(weights), seed, numbers, firsts,
     )  # fmt: skip

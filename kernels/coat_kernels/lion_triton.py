@@ -16,8 +16,10 @@ from .states_triton import (
     PAPER,
     POINTERS,
     SCALARS,
+    STOCHASTIC,
     WIDTH,
-    both,
+    bends,
+    chances,
     decode_companded,
     decode_e4m3,
     encode_companded,
@@ -37,7 +39,7 @@ def _lion_kernel(
     beta1, rest1, beta2, rest2, weight_decay,  # rest = 1 - beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, HALVES: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr, TABLED: tl.constexpr,
 ):  # fmt: skip
     """One program: the Lion step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters."""
     CODES: tl.constexpr = tl.uint8 if FORMAT == LEAN else tl.float8e4nv
@@ -48,7 +50,7 @@ def _lion_kernel(
     row = table + place * WIDTH
     param_ptr = tl.multiple_of(tl.load(row + POINTERS).to(tl.pointer_type(PARAM)), ALIGNMENT)
     grad_ptr = tl.multiple_of(tl.load(row + POINTERS + 1).to(tl.pointer_type(GRAD)), ALIGNMENT)
-    residual_ptr = tl.multiple_of(tl.load(row + POINTERS + 2).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
+    residual_ptr = tl.multiple_of(tl.load(row + POINTERS + 2).to(tl.pointer_type(tl.int8)), ALIGNMENT)
     m_ptr = tl.multiple_of(tl.load(row + POINTERS + 3).to(tl.pointer_type(CODES)), ALIGNMENT)
     scale_ptr = tl.load(row + POINTERS + 4).to(tl.pointer_type(tl.float32))
     expansion_ptr = tl.load(row + POINTERS + 5).to(tl.pointer_type(tl.uint8))
@@ -61,6 +63,7 @@ def _lion_kernel(
     decay = 1.0 - lr * weight_decay
 
     broken = tl.zeros((GROUPS,), tl.int32)
+    table = bends() if FORMAT == PAPER else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     for start in tl.range(first, stop, GROUPS, num_stages=STAGES):
         group = start + tl.arange(0, GROUPS)
@@ -90,15 +93,15 @@ def _lion_kernel(
 
         p = read_weights(param, residual, MODE) * decay
         p -= tl.where(direction > 0.0, lr, tl.where(direction < 0.0, -lr, 0.0))
-        index = both(offset, offset + offset.shape[1]) if HALVES else offset
-        rounded, residual = round_weights(p, key, index, MODE)
+        chance = chances(key, group, offset, RAGGED, LANES, HALVES) if MODE == STOCHASTIC else 0
+        rounded, residual = round_weights(p, chance, MODE)
         store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
             store(residual_ptr, offset, residual, mask, second, HALVES)
         if FORMAT == LEAN:
             codes, scale = encode_companded(m, bits, amax)
         else:
-            codes, scale, expansion = encode_e4m3(m, bits, amax, FORMAT == PAPER, False)
+            codes, scale, expansion = encode_e4m3(m, bits, amax, table, FORMAT == PAPER, False)
             if FORMAT == PAPER:
                 tl.store(expansion_ptr + group, expansion, inside)
         store(m_ptr, offset, codes, mask, second, HALVES)

@@ -7,9 +7,9 @@ a second one what changes with the step.
 
 With BF16 parameters and gradients ten bytes move per value (the gradient in; the parameter and two codes in and out).
 At the speed of an H200's memory that leaves time for some 75 instructions per value, nine of them of the slow kind
-(log2, exp2, roots, quotients). ``lean`` needs 60 and three slow ones. Expansion needs a log2 and an exp2 to decode and
-to encode each moment, of which the exp2 of the encoding are polynomials on the fast units: six of the slow kind, with
-those for the step itself eight; 63 instructions with what a group needs.
+(log2, exp2, roots, quotients). ``lean`` needs 58 and three slow ones. Expansion needs a log2 and an exp2 to decode
+each moment and a log2 to encode it, and the step two more: eight of the slow kind, with what a group needs. The exp2
+of the encoding is none: only the code counts, and that comes from a table in the registers of a warp; 50 to 53 in all.
 """
 
 from collections import OrderedDict, defaultdict
@@ -43,11 +43,14 @@ class Cut(NamedTuple):
         halves: Load the halves of a group apart, so that 16 values of it come to one thread, in two pieces of 16 bytes
             of BF16, and none changes its thread. What concerns a group (maxima, logarithms, quotients) is then
             computed half as often.
+        registers: That a thread may have, fewer for more programs at once; None for what the compiler takes.
     """
 
     tile: int
     stages: int
     halves: bool
+    registers: int | None = None
+    tabled: int = 0  # moments whose codes' logarithms come from a table: 0, 1 (the second), 2
 
 
 # The fastest on an H200: expansion, which does most for each group, gains by halves; the others wait for memory alone.
@@ -122,29 +125,58 @@ def fast_rsqrt(x):
 
 
 @triton.jit
-def _saturated(x, factor, summand):
-    """``x * factor + summand``, held between 0 and 1."""
+def _one_or_zero(x):
+    """1 for ``x`` of 2**-64 and more, 0 for zero: without a predicate, of which a thread has few."""
     if INTERPRETED:
-        y = tl.minimum(tl.maximum(x * factor + summand, 0.0), 1.0)
+        return tl.minimum(x * 1.8446744073709552e19, 1.0)
     else:
-        y = tl.inline_asm_elementwise(
-            "fma.rn.ftz.sat.f32 $0, $1, $2, $3;", "=r,r,r,r", [x, factor, summand], tl.float32, is_pure=True, pack=1
+        return tl.inline_asm_elementwise(
+            "mul.rn.ftz.sat.f32 $0, $1, 0f5F800000;", "=r,r", [x], tl.float32, is_pure=True, pack=1
         )
-    return y
 
 
 @triton.jit
-def polynomial_exp2(x, factor, summand):
-    """``2**(x * factor + summand)``, the exponent held between -119 and 9; 1e-5 off at most, without a slow
-    instruction: 2**n from the bits of n."""
-    z = _saturated(x, factor * (1.0 / 128), (summand + 119.0) * (1.0 / 128))
-    shifted = z * 128.0 + (ROUND - 119.0)  # once rounded: ROUND + n
-    f = z * 128.0 - (shifted - (ROUND - 119.0))  # in [-1/2, 1/2]
-    y = 0.009618129 * f + 0.055504109
-    y = y * f + 0.24022651
-    y = y * f + 0.69314718
-    y = y * f + 1.0
-    return (y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+def _bend(part):
+    """What makes exponents and mantissas of a logarithm, for one of the 32 parts of a binade; see :func:`code_exp2`.
+
+    E4M3 parts numbers at ``2**n * (1 + k/16)``, 0 < k < 16 (its subnormal ones at some of these). No part of a binade
+    has two of these. Numbers of a part move by as much as puts its own, or else the nearest, exactly where it is.
+    """
+    middle = part.to(tl.float32) * (1.0 / 32) + 1.0 / 64
+    k = (tl.exp2(middle) * 16.0 + (ROUND - 16.0)) - ROUND
+    moved = k * (1.0 / 16) - fast_log2(k * (1.0 / 16) + 1.0)
+    # Beside it what turns the exponent field of code_exp2's number, 5 bits to the left, into that of its result.
+    return (moved * 8388608.0 + ROUND).to(tl.int32, bitcast=True) + (0x44000000 - 0x4B400000)
+
+
+@triton.jit
+def bends():
+    """:func:`_bend` of the part that has the number of this thread among its 32; a scalar."""
+    if INTERPRETED:
+        return 0
+    else:
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
+        return _bend(lane)
+
+
+@triton.jit
+def code_exp2(x, factor, summand, table):
+    """A number that rounds to the E4M3 code of ``2**(x * factor + summand)``, an exponent between -23 and 9; zero for
+    ``x`` of -inf. ``table``: :func:`bends`.
+
+    The bits of 1 + (exponent + 23) / 32, 5 to the left, are those of a float whose exponent is right, and whose
+    mantissa is the fraction f of the exponent in place of 2**f - 1. That differs by up to 0.09; but it is right at the
+    bounds between codes, after the other threads have told how much to add in which 32nd of the binade.
+    """
+    u = (x * (factor * (1.0 / 32)) + (summand * (1.0 / 32) + (1.0 + 23.0 / 32))).to(tl.uint32, bitcast=True)
+    part = (u >> 13).to(tl.int32, bitcast=True)
+    if INTERPRETED:
+        bend = _bend(part & 31)
+    else:  # which reads the lowest five bits
+        bend = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [table, part], tl.int32, is_pure=True, pack=1
+        )
+    return ((u << 5) + bend.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -186,10 +218,91 @@ def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.cons
         return q * (scale * (1.0 / LARGEST))[:, None]
 
 
+# Of four codes the bits of E5M10 numbers, whose exponents and mantissas are logarithms but for what the threads know
+# of each mantissa. Subtracted, so that the mark of numbers other than zero, 0x3C in the top byte, leaves zero -2**118.
+_LOGS = tl.constexpr("""{
+    .reg .b16 low, high; .reg .b32 a, x, y, u, v, zero, part;
+    and.b32 a, $8, 0x7F7F7F7F;
+    mov.b32 {low, high}, a;
+    mov.b32 zero, 0;
+    cvt.rn.f16x2.e4m3x2 x, low;
+    cvt.rn.f16x2.e4m3x2 y, high;
+    set.ne.f16x2.f16x2 u, x, zero;
+    set.ne.f16x2.f16x2 v, y, zero;
+    prmt.b32 a, x, u, 0x5104;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $9, part, 31, 0xffffffff;
+    sub.u32 $0, part, a;
+    prmt.b32 a, x, u, 0x7324;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $10, part, 31, 0xffffffff;
+    sub.u32 $1, part, a;
+    prmt.b32 a, y, v, 0x5104;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $11, part, 31, 0xffffffff;
+    sub.u32 $2, part, a;
+    prmt.b32 a, y, v, 0x7324;
+    shr.u32 part, a, 15;
+    shfl.sync.idx.b32 part, $12, part, 31, 0xffffffff;
+    sub.u32 $3, part, a;
+    prmt.b32 $4, $8, zero, 0x0444;
+    prmt.b32 $5, $8, zero, 0x1444;
+    prmt.b32 $6, $8, zero, 0x2444;
+    mov.b32 $7, $8;
+}""")
+
+
 @triton.jit
-def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
+def mantissas():
+    """What thread ``8 i + j`` knows of the mantissa j, for :func:`logs_of_codes`; a scalar."""
+    if INTERPRETED:
+        return 0
+    else:
+        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
+        x = (lane & 7).to(tl.float32) * 0.125
+        return ((x - fast_log2(x + 1.0) + (15.0 + LOG2_LARGEST)) * 262144.0 + 0.5).to(tl.int32) - 0x05000000
+
+
+@triton.jit
+def logs_of_codes(codes, table):
+    """``log2(|q| / 448) / 64 - 1/2`` of E4M3 codes, float32, and uint32 with their signs in the top bit."""
+    if INTERPRETED:
+        q = codes.to(tl.float32)
+        logs = fast_log2(tl.abs(q)) * (1.0 / 64) - (LOG2_LARGEST / 64 + 0.5)
+        signs = q.to(tl.uint32, bitcast=True)
+    else:
+        logs, signs = tl.inline_asm_elementwise(
+            _LOGS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r", [codes.to(tl.uint8, bitcast=True), table],
+            (tl.float32, tl.uint32), is_pure=True, pack=4,
+        )  # fmt: skip
+    return logs, signs
+
+
+@triton.jit
+def load_logs(pointer, offset, mask, second, table, HALVES: tl.constexpr):
+    """:func:`logs_of_codes` of a tile, as :func:`load` loads it."""
+    logs, signs = logs_of_codes(tl.load(pointer + offset, mask, other=0.0), table)
+    if HALVES:
+        more, others = logs_of_codes(tl.load(pointer + offset.shape[1] + offset, second, other=0.0), table)
+        logs = both(logs, more)
+        signs = both(signs, others)
+    return logs, signs
+
+
+@triton.jit
+def decode_logs(logs, signs, scale, expansion, POSITIVE: tl.constexpr):
+    """:func:`decode_e4m3` with expansion of what :func:`load_logs` returned."""
+    factor = 1024.0 * fast_reciprocal(_unsigned(expansion))
+    x = tl.exp2(logs * factor[:, None] + (factor * 0.5)[:, None])
+    if not POSITIVE:
+        x = _with_sign(x, signs.to(tl.float32, bitcast=True))
+    return scale[:, None] * x
+
+
+@triton.jit
+def encode_e4m3(x, bits, amax_bits, table, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
     """What to round to codes [GROUPS, LANES], scale and expansion [GROUPS] of finite ``x``, given the bits of |x| and
-    their maxima."""
+    their maxima; ``table``: :func:`bends`."""
     empty = amax_bits < NORMAL
     scale = tl.where(empty, 0, amax_bits).to(tl.float32, bitcast=True)
     magnitude = bits.to(tl.float32, bitcast=True)
@@ -203,8 +316,8 @@ def encode_e4m3(x, bits, amax_bits, EXPAND: tl.constexpr, POSITIVE: tl.constexpr
         chosen = (chosen - 0.49999 + ROUND) - ROUND  # rounded down, where it is not 1e-5 below the next integer
         expansion = tl.where(empty, expansion, tl.minimum(tl.maximum(chosen, 1.0), 255.0))
         power = expansion * 0.0625
-        # Zeros have a log2 of -inf; 2**-119 rounds to a code of zero as well.
-        y = polynomial_exp2(fast_log2(magnitude), power[:, None], (power * -log_scale + LOG2_LARGEST)[:, None])
+        summand = (power * -log_scale + LOG2_LARGEST)[:, None]
+        y = code_exp2(fast_log2(magnitude), power[:, None], summand, table)
     else:
         y = magnitude * (fast_reciprocal(tl.where(empty, 1.0, scale)) * LARGEST)[:, None]
         y = tl.where(bits < NORMAL, 0.0, tl.maximum(y, 2.0**-9) if POSITIVE else y)
@@ -230,12 +343,10 @@ def decode_ratios(codes, scale):
 
 
 @triton.jit
-def encode_roots(roots, some):
-    """Codes [GROUPS, LANES] and scale [GROUPS] of second moments, given their roots and which are not zero."""
-    scale = tl.max(roots, axis=1)
+def encode_roots(roots, scale):
+    """Codes [GROUPS, LANES] of second moments, given their roots, 2**-64 or more or zero, and the largest [GROUPS]."""
     inverse = 65025.0 * fast_reciprocal(tl.where(scale > 0.0, scale, 1.0))
-    c = tl.maximum(fast_sqrt(roots * inverse[:, None]), 1.0)
-    return _to_byte(tl.where(some, c, 0.0)), scale
+    return _to_byte(tl.maximum(fast_sqrt(roots * inverse[:, None]), _one_or_zero(roots)))
 
 
 @triton.jit
@@ -267,34 +378,56 @@ def encode_companded(x, bits, amax_bits):
 
 @triton.jit
 def read_weights(param, residual, MODE: tl.constexpr):
-    """Float32 weights of a tile of a parameter; ``residual`` counts with MASTER alone."""
+    """Float32 weights of a tile of a parameter; ``residual``, int32 from int8, counts with MASTER alone."""
     p = param.to(tl.float32)
     if MODE == MASTER:
-        low = ((residual.to(tl.int32) ^ 0x80) - 0x80) << 8
-        bits = p.to(tl.int32, bitcast=True)
-        magnitude = tl.maximum((bits & 0x7FFFFFFF) + low, 0)
+        magnitude = tl.maximum((p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + (residual << 8), 0)
         p = _with_sign(magnitude.to(tl.float32, bitcast=True), p)
     return p
 
 
 @triton.jit
-def round_weights(p, key, offset, MODE: tl.constexpr):
-    """Float32 weights as the parameter keeps them but for rounding to nearest, and their residuals in the low byte of
-    an int32; ``key`` and ``offset`` count with STOCHASTIC, where the offset is the index of a value in its parameter,
-    int64."""
-    residual = tl.zeros(p.shape, tl.int32)
+def _mixed(offset, key):
+    return offset.to(tl.uint32) * 0x9E3779B1 + (offset >> 32).to(tl.uint32) * 0x85EBCA77 + key
+
+
+@triton.jit
+def chances(key, group, offset, RAGGED: tl.constexpr, LANES: tl.constexpr, HALVES: tl.constexpr):
+    """What STOCHASTIC rounding of a tile hashes, uint32: ``mixed`` of each value's index in its parameter, plus key.
+
+    ``offset`` is of :func:`locate`. If no group is RAGGED, no 2**32 lies inside of one.
+    """
+    HALF: tl.constexpr = offset.shape[1]
+    if RAGGED:
+        x = _mixed(offset, key)
+        y = _mixed(offset + HALF, key)
+    else:
+        lane = tl.arange(0, HALF)[None, :].to(tl.uint32)
+        first = _mixed(group.to(tl.int64) * LANES, key)[:, None]
+        x = first + lane * 0x9E3779B1
+        y = first + (lane + HALF) * 0x9E3779B1
+    return both(x, y) if HALVES else x
+
+
+@triton.jit
+def round_weights(p, chance, MODE: tl.constexpr):
+    """Float32 weights as a parameter keeps them: float32, to be rounded to nearest, or else BF16 with the residuals in
+    the low byte of an int32. ``chance``: :func:`chances`, which count with STOCHASTIC."""
+    residual = 0
     if MODE == STOCHASTIC:
-        x = offset.to(tl.uint32) * 0x9E3779B1 + (offset >> 32).to(tl.uint32) * 0x85EBCA77 + key
-        x = (x ^ (x >> 16)) * 0x85EBCA6B
+        x = (chance ^ (chance >> 16)) * 0x85EBCA6B
         x = (x ^ (x >> 13)) * 0xC2B2AE35
-        bits = p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16)
-        p = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        p = _upper_half(p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16))
     elif MODE == MASTER:
-        magnitude = ((p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 0x80) & -256
-        high = (magnitude + 0x8000) & -65536
-        residual = (magnitude - high) >> 8
-        p = _with_sign(high.to(tl.float32, bitcast=True), p)
+        bits = p.to(tl.uint32, bitcast=True) + 0x80  # also of a negative number: it is the magnitude that grows
+        residual = (bits >> 8).to(tl.int32, bitcast=True)
+        p = _upper_half(bits + 0x8000)
     return p, residual
+
+
+@triton.jit
+def _upper_half(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 # --- one launch for many parameters
@@ -367,6 +500,8 @@ def store(pointer, offset, x, mask, second, HALVES: tl.constexpr):
 def _narrow(x, DTYPE: tl.constexpr):
     if x.dtype == tl.int32:
         narrow = x.to(DTYPE)
+    elif x.dtype == DTYPE:
+        narrow = x
     elif DTYPE == tl.float8e4nv:
         if INTERPRETED:
             narrow = to_fp8(x, 8)
@@ -475,7 +610,8 @@ def launch(
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,
-                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, enable_fp_fusion=True,
+                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers, TABLED=cut.tabled,
+                enable_fp_fusion=True,
             )  # fmt: skip
     for param, dense, _ in kept:
         if dense is param:
