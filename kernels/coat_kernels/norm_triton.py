@@ -22,7 +22,7 @@ from .tiles_triton import (
     scale_groups,
     to_float,
     to_fp8,
-    to_fp8_bits,
+    to_fp8_words,
     unpack_scale,
 )
 
@@ -348,28 +348,35 @@ def norm_backward(dy, x_q, x_s, mean, rstd, weight, offset, group_size, dx_dtype
     return dx, sums.sum(0) if dw or db else sums[0]
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "lines"])
 def _norm_transposed_kernel(
-    xq_ptr, xs_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, yqt_ptr, tokens, width, stride_qt, offset,
+    xq_ptr, xs_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, yqt_ptr, tokens, width, lines, offset,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y's codes, written transposed. Grid: tiles of [BLOCK_T, BLOCK_H], also behind the last token."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One tile of y's codes, written transposed. Grid: tiles of [BLOCK_T, BLOCK_H], also behind the last token.
+
+    A row of the result has ``lines`` of 16 tokens.
+    """
+    word = tl.program_id(0).to(tl.int64) * (BLOCK_T // 4) + tl.arange(0, BLOCK_T // 4)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     g = tl.program_id(1) * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)[None, :]
-    here = t < tokens
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))  # joins the weight, which may be zero where it is huge
-    rstd = tl.load(rstd_ptr + t, mask=here, other=0.0)
-    stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
-    y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP)
-    w = _coefficients(w_ptr, t, h, width, 1.0) * inverse + offset * inverse
-    b = _coefficients(b_ptr, t, h, width, 0.0) * inverse
-    y = y * w + b  # where there is no bias its zero makes 0 of -0
-    if b_ptr is not None:
-        y = tl.where(here[:, None], y, 0.0)
+    w = _coefficients(w_ptr, word, h, width, 1.0) * inverse + offset * inverse
+    b = _coefficients(b_ptr, word, h, width, 0.0) * inverse
+    parts = ()
+    for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
+        t = 4 * word + i
+        rstd = tl.load(rstd_ptr + t, mask=t < tokens, other=0.0)
+        stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
+        # where there is no bias its zero makes 0 of -0
+        y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP) * w + b
+        if b_ptr is not None:
+            y = tl.where(t[:, None] < tokens, y, 0.0)
+        parts = parts + (y,)
+    words = to_fp8_words(parts[0], parts[1], parts[2], parts[3], EMAX)
     column = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    address = column * stride_qt + t[None, :]
-    tl.store(yqt_ptr + address, tl.trans(to_fp8_bits(y, EMAX)), mask=(column < width) & (t[None, :] < stride_qt))
+    inside = (column < width) & (word[None, :] < lines * 4)
+    tl.store(yqt_ptr + column * (lines * 4) + word[None, :], tl.trans(words), mask=inside)
 
 
 def norm_transposed(x_q, x_s, mean, rstd, weight, bias, scale, offset, group_size):
@@ -380,7 +387,7 @@ def norm_transposed(x_q, x_s, mean, rstd, weight, bias, scale, offset, group_siz
     if tokens:
         block_t, block_h, warps = transposed_tile_of(width, group_size)
         _norm_transposed_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
-            x_q, x_s, mean, rstd, weight, bias, scale, y_qt.view(torch.uint8), tokens, width, padded, offset,
+            x_q, x_s, mean, rstd, weight, bias, scale, y_qt.view(torch.int32), tokens, width, padded // 16, offset,
             GROUP=min(group_size, block_h), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
         )  # fmt: skip
     return y_qt
