@@ -5,28 +5,48 @@ exp2 and the division, and of the rounded exponent), until it is zero below z = 
 half a step of BF16 is 2**-9 at least. It is exactly 1 from z = 18 on, so no rounding is left over in a slope far out.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from .formats import MAX_EXPONENT, round_up
 from .quantize_triton import nothing
 from .tiles_triton import (
     INTERPRETED,
-    magnitude_bits,
+    amax_bits,
+    inverse_scale,
+    larger_magnitude,
     quantize_groups,
     scale_from_bits,
     scale_groups,
+    store_scales,
     to_float,
+    to_float32,
     to_fp8,
-    to_fp8_bits,
+    to_fp8_words,
 )
 
-WIDEST_TILE = 4096  # columns
 TILE = 4096  # values of a program that need not see a whole row
-# Tiles of a row that wait in registers for its scale; rows of more are read twice. The fastest of a sweep on an H200.
-FORWARD_HELD, BACKWARD_HELD = 3, 5
+
+
+class Rows(NamedTuple):
+    """How a kernel that makes codes goes over a row: in tiles of ``block`` columns, which wait for the row's scale in
+    the ``registers`` of each thread of ``warps``. A row of more than ``most`` tiles takes twice the warps and tiles
+    twice as wide; one of more than twice as many is read twice."""
+
+    block: int
+    most: int
+    warps: int
+    registers: int
+
+
+# The fastest of a sweep on an H200.
+FORWARD = Rows(block=2048, most=6, warps=4, registers=128)
+BACKWARD = Rows(block=4096, most=5, warps=8, registers=128)
+TRANSPOSED_TILE = 64, 128, 4  # rows, columns, at least as many as in a group, and warps
+AHEAD = 2  # tiles of the forward that are on their way while one is at work
 
 
 @triton.jit
@@ -35,8 +55,8 @@ def _sigmoid(z):
     e = 1.0 + tl.exp2(-1.4426950408889634 * z)
     if INTERPRETED:
         return 1.0 / e
-    else:  # without the care for denominators above 2**126, for which this is 0
-        return libdevice.fast_dividef(1.0, e)
+    else:  # 0 for denominators above 2**126
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [e], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -82,7 +102,7 @@ def _keep(x, q_ptr, s_ptr, t, h0, part, parts, tokens, width, GROUP: tl.constexp
     )
     groups = tl.cdiv(width, GROUP)
     g = h0 // GROUP + tl.arange(0, BLOCK_H // GROUP)
-    tl.store(s_ptr + (t * parts + part)[:, None] * groups + g[None, :], s, mask=inside & (g[None, :] < groups))
+    store_scales(s_ptr + (t * parts + part)[:, None] * groups + g[None, :], s, inside & (g[None, :] < groups))
 
 
 @triton.jit
@@ -118,12 +138,12 @@ def _forward(
     """h of a tile that begins in column h0, rounded; with GROUP its x and up are kept."""
     PARTS: tl.constexpr = 2 if GATED else 1
     DTYPE: tl.constexpr = x.dtype
-    x = x.to(tl.float32)
+    x = to_float32(x)
     y, _ = value_and_slope(x, ACT)
     if GROUP > 0:
         _keep(x, kept_ptr, kept_s_ptr, t, h0, 0, PARTS, tokens, width, GROUP)
     if GATED:
-        up = up.to(tl.float32)
+        up = to_float32(up)
         y *= up
         if GROUP > 0:
             _keep(up, kept_ptr, kept_s_ptr, t, h0, 1, PARTS, tokens, width, GROUP)
@@ -137,16 +157,22 @@ def _store(y, y_ptr, row, h0, here, width):
     tl.store(y_ptr + row + h, y, mask=here & (h < width))
 
 
+@triton.jit
+def _row_amax_bits(x):
+    """The largest magnitude bits of a tile of one row: a number, as a tensor would force its layout on others."""
+    return tl.max(amax_bits(x, 1), axis=0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _activation_kernel(
     x_ptr, up_ptr, h_ptr, hq_ptr, hs_ptr, kept_ptr, kept_s_ptr, tokens, width, stride_x, stride_up,
     ACT: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, VALUES: tl.constexpr, CODES: tl.constexpr,
-    HELD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    HELD: tl.constexpr, TAIL: tl.constexpr, AHEAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """h and the kept groups of BLOCK_T tokens: one tile, or with CODES whole rows, tile by tile, and then the codes.
 
-    The HELD tiles of a row wait for its scale in registers; with HELD = 0 they are computed again, from what the cache
-    still has. Grid: blocks of tokens, and without CODES blocks of columns.
+    The HELD tiles of a row, and behind them one of TAIL columns, wait for its scale in registers; with HELD = 0 they
+    are computed again, from what the cache still has. Grid: blocks of tokens, and without CODES blocks of columns.
     """
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = t[:, None] < tokens
@@ -158,38 +184,48 @@ def _activation_kernel(
         if VALUES:
             _store(y, h_ptr, row, h0, here, width)
     else:
-        top = tl.zeros([BLOCK_T, BLOCK_H], tl.int32)
+        TILES: tl.constexpr = HELD + (1 if TAIL > 0 else 0)
+        top = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+        tail = 0
         loaded = ()
-        for i in tl.static_range(HELD):  # all before the first store, behind which no load may move
-            pair = _load(x_ptr, up_ptr, t, i * BLOCK_H, tokens, width, stride_x, stride_up, GATED, BLOCK_H)
-            loaded = loaded + (pair[0], pair[1])
         held = ()
-        for i in tl.static_range(HELD):
-            y = _forward(
-                loaded[2 * i], loaded[2 * i + 1], kept_ptr, kept_s_ptr, t, i * BLOCK_H, tokens, width,
-                ACT, GATED, GROUP,
-            )  # fmt: skip
-            if VALUES:
-                _store(y, h_ptr, row, i * BLOCK_H, here, width)
-            top = tl.maximum(top, magnitude_bits(y.to(tl.float32)))
-            held = held + (y,)
+        for i in tl.static_range(TILES + AHEAD if HELD else 0):
+            if i < TILES:  # before the stores of the tile that is AHEAD of it, behind which no load may move
+                pair = _load(
+                    x_ptr, up_ptr, t, i * BLOCK_H, tokens, width, stride_x, stride_up, GATED,
+                    BLOCK_H if i < HELD else TAIL,
+                )  # fmt: skip
+                loaded = loaded + (pair[0], pair[1])
+            if i >= AHEAD:
+                h0 = (i - AHEAD) * BLOCK_H
+                y = _forward(
+                    loaded[2 * (i - AHEAD)], loaded[2 * (i - AHEAD) + 1], kept_ptr, kept_s_ptr, t, h0, tokens, width,
+                    ACT, GATED, GROUP,
+                )  # fmt: skip
+                if VALUES:
+                    _store(y, h_ptr, row, h0, here, width)
+                if i - AHEAD < HELD:
+                    top = larger_magnitude(top, to_float32(y))
+                else:
+                    tail = _row_amax_bits(to_float32(y))
+                held = held + (y,)
         if HELD == 0:
             for h0 in tl.range(0, width, BLOCK_H):
                 x, up = _load(x_ptr, up_ptr, t, h0, tokens, width, stride_x, stride_up, GATED, BLOCK_H)
                 y = _forward(x, up, kept_ptr, kept_s_ptr, t, h0, tokens, width, ACT, GATED, GROUP)
                 if VALUES:
                     _store(y, h_ptr, row, h0, here, width)
-                top = tl.maximum(top, magnitude_bits(y.to(tl.float32)))
-        s = scale_from_bits(tl.max(top, axis=1), 8, True)
+                top = larger_magnitude(top, to_float32(y))
+        s = scale_from_bits(tl.maximum(tail, amax_bits(top, 1)), 8, True)
         tl.store(hs_ptr + t, s, mask=t < tokens)
-        inverse = tl.div_rn(1.0, s)[:, None]
-        for i in tl.static_range(HELD):
-            _store(to_fp8(held[i].to(tl.float32) * inverse, 8), hq_ptr, row, i * BLOCK_H, here, width)
+        inverse = inverse_scale(s, True)[:, None]
+        for i in tl.static_range(TILES):
+            _store(to_fp8(to_float32(held[i]) * inverse, 8), hq_ptr, row, i * BLOCK_H, here, width)
         if HELD == 0:
             for h0 in tl.range(0, width, BLOCK_H):
                 x, up = _load(x_ptr, up_ptr, t, h0, tokens, width, stride_x, stride_up, GATED, BLOCK_H)
                 y = _forward(x, up, kept_ptr, kept_s_ptr, t, h0, tokens, width, ACT, GATED, 0)
-                _store(to_fp8(y.to(tl.float32) * inverse, 8), hq_ptr, row, h0, here, width)
+                _store(to_fp8(to_float32(y) * inverse, 8), hq_ptr, row, h0, here, width)
 
 
 @triton.jit
@@ -200,7 +236,7 @@ def _backward(
     """Gradients of x and up of a tile that begins in column h0, rounded to DTYPE; twice that of x without up."""
     PARTS: tl.constexpr = 2 if GATED else 1
     h = h0 + tl.arange(0, BLOCK_H)[None, :]
-    dh = tl.load(dh_ptr + t[:, None] * stride + h, mask=(t[:, None] < tokens) & (h < width), other=0.0).to(tl.float32)
+    dh = to_float32(tl.load(dh_ptr + t[:, None] * stride + h, mask=(t[:, None] < tokens) & (h < width), other=0.0))
     x = _restore(kept_ptr, kept_s_ptr, t, h0, 0, PARTS, tokens, width, GROUP, BLOCK_H)
     y, slope = value_and_slope(x, ACT)
     if GATED:
@@ -223,15 +259,15 @@ def _store_both(x, up, ptr, row, h0, here, width, GATED: tl.constexpr):
 
 @triton.jit
 def _larger(top, d_x, d_up, GATED: tl.constexpr):
-    top = tl.maximum(top, magnitude_bits(d_x.to(tl.float32)))
-    return tl.maximum(top, magnitude_bits(d_up.to(tl.float32))) if GATED else top
+    top = larger_magnitude(top, to_float32(d_x))
+    return larger_magnitude(top, to_float32(d_up)) if GATED else top
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _activation_backward_kernel(
     dh_ptr, kept_ptr, kept_s_ptr, d_ptr, dq_ptr, ds_ptr, tokens, width, stride,
     ACT: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, CODES: tl.constexpr, EMAX: tl.constexpr,
-    HELD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    HELD: tl.constexpr, TAIL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and up for BLOCK_T tokens: one tile, or with CODES whole rows, as :func:`_activation_kernel`."""
     DTYPE: tl.constexpr = d_ptr.dtype.element_ty
@@ -245,13 +281,19 @@ def _activation_backward_kernel(
         )
         _store_both(d_x, d_up, d_ptr, row, h0, here, width, GATED)
     else:
-        top = tl.zeros([BLOCK_T, BLOCK_H], tl.int32)
+        TILES: tl.constexpr = HELD + (1 if TAIL > 0 else 0)
+        top = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+        tail = 0
         held = ()
-        for i in tl.static_range(HELD):
+        for i in tl.static_range(TILES):
             d_x, d_up = _backward(
-                dh_ptr, kept_ptr, kept_s_ptr, t, i * BLOCK_H, tokens, width, stride, ACT, GATED, GROUP, DTYPE, BLOCK_H
-            )
-            top = _larger(top, d_x, d_up, GATED)
+                dh_ptr, kept_ptr, kept_s_ptr, t, i * BLOCK_H, tokens, width, stride, ACT, GATED, GROUP, DTYPE,
+                BLOCK_H if i < HELD else TAIL,
+            )  # fmt: skip
+            if i < HELD:
+                top = _larger(top, d_x, d_up, GATED)
+            else:
+                tail = _row_amax_bits(_larger(tl.zeros(d_x.shape, tl.float32), d_x, d_up, GATED))
             held = held + (d_x, d_up)
         if HELD == 0:
             for h0 in tl.range(0, width, BLOCK_H):
@@ -259,30 +301,56 @@ def _activation_backward_kernel(
                     dh_ptr, kept_ptr, kept_s_ptr, t, h0, tokens, width, stride, ACT, GATED, GROUP, DTYPE, BLOCK_H
                 )
                 top = _larger(top, d_x, d_up, GATED)
-        s = scale_from_bits(tl.max(top, axis=1), EMAX, True)
+        s = scale_from_bits(tl.maximum(tail, amax_bits(top, 1)), EMAX, True)
         tl.store(ds_ptr + t, s, mask=t < tokens)
-        inverse = tl.div_rn(1.0, s)[:, None]
-        for i in tl.static_range(HELD):
-            q_x = to_fp8(held[2 * i].to(tl.float32) * inverse, EMAX)
-            q_up = to_fp8(held[2 * i + 1].to(tl.float32) * inverse, EMAX)
+        inverse = inverse_scale(s, True)[:, None]
+        for i in tl.static_range(TILES):
+            q_x = to_fp8(to_float32(held[2 * i]) * inverse, EMAX)
+            q_up = to_fp8(to_float32(held[2 * i + 1]) * inverse, EMAX)
             _store_both(q_x, q_up, dq_ptr, row, i * BLOCK_H, here, width, GATED)
         if HELD == 0:
             for h0 in tl.range(0, width, BLOCK_H):
                 d_x, d_up = _backward(
                     dh_ptr, kept_ptr, kept_s_ptr, t, h0, tokens, width, stride, ACT, GATED, GROUP, DTYPE, BLOCK_H
                 )
-                q_x = to_fp8(d_x.to(tl.float32) * inverse, EMAX)
-                q_up = to_fp8(d_up.to(tl.float32) * inverse, EMAX)
+                q_x = to_fp8(to_float32(d_x) * inverse, EMAX)
+                q_up = to_fp8(to_float32(d_up) * inverse, EMAX)
                 _store_both(q_x, q_up, dq_ptr, row, h0, here, width, GATED)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _activation_again_kernel(
-    kept_ptr, kept_s_ptr, scale_ptr, out_ptr, tokens, width, columns,
+@triton.jit(do_not_specialize=["tokens", "lines"])
+def _activation_transposed_kernel(
+    kept_ptr, kept_s_ptr, scale_ptr, qt_ptr, tokens, width, lines,
     ACT: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_T, BLOCK_H] of h: its codes at a scale, written transposed to [I, columns], or without a scale
-    its values as they stand. Grid: blocks of tokens, blocks of columns."""
+    """One tile [BLOCK_T, BLOCK_H] of codes of h, written transposed. Grid: blocks of tokens, blocks of columns.
+
+    A row of the result has ``lines`` of 16 tokens."""
+    PARTS: tl.constexpr = 2 if GATED else 1
+    word = tl.program_id(0).to(tl.int64) * (BLOCK_T // 4) + tl.arange(0, BLOCK_T // 4)
+    h0 = tl.program_id(1) * BLOCK_H
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    parts = ()
+    for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
+        t = 4 * word + i
+        x = _restore(kept_ptr, kept_s_ptr, t, h0, 0, PARTS, tokens, width, GROUP, BLOCK_H)
+        y, _ = value_and_slope(x, ACT)
+        if GATED:
+            y *= _restore(kept_ptr, kept_s_ptr, t, h0, 1, PARTS, tokens, width, GROUP, BLOCK_H)
+        parts = parts + (y * inverse,)
+    words = to_fp8_words(parts[0], parts[1], parts[2], parts[3], 8)
+    h = h0 + tl.arange(0, BLOCK_H)[:, None]
+    # Zeros behind the last token, as masked values are zero and so is the activation of zero.
+    inside = (h < width) & (word[None, :] < lines * 4)
+    tl.store(qt_ptr + h.to(tl.int64) * (lines * 4) + word[None, :], tl.trans(words), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _activation_values_kernel(
+    kept_ptr, kept_s_ptr, h_ptr, tokens, width,
+    ACT: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_T, BLOCK_H] of h. Grid: blocks of tokens, blocks of columns."""
     PARTS: tl.constexpr = 2 if GATED else 1
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h0 = tl.program_id(1) * BLOCK_H
@@ -290,38 +358,35 @@ def _activation_again_kernel(
     y, _ = value_and_slope(x, ACT)
     if GATED:
         y *= _restore(kept_ptr, kept_s_ptr, t, h0, 1, PARTS, tokens, width, GROUP, BLOCK_H)
-    if scale_ptr is None:
-        _store(to_float(y, out_ptr.dtype.element_ty), out_ptr, t[:, None] * width, h0, t[:, None] < tokens, width)
-    else:
-        y *= tl.div_rn(1.0, tl.load(scale_ptr))
-        bits = to_fp8_bits(y, 8)
-        if INTERPRETED:  # where the bits of a NaN are a number's; a scale that is given cannot carry a group's NaN
-            bits = tl.where(y == y, bits, 0x7F)
-        h = h0 + tl.arange(0, BLOCK_H)[:, None]
-        # Zeros behind the last token, as masked values are zero and so is the activation of zero.
-        inside = (h < width) & (t[None, :] < columns)
-        tl.store(out_ptr + h.to(tl.int64) * columns + t[None, :], tl.trans(bits), mask=inside)
+    _store(to_float(y, h_ptr.dtype.element_ty), h_ptr, t[:, None] * width, h0, t[:, None] < tokens, width)
 
 
-def _tile(width: int, group_size: int, codes: bool, most_held: int) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, how many tiles of a row are held, and warps.
+def _plan(width: int, group_size: int, codes: bool, rows: Rows) -> tuple[dict[str, int], dict[str, int], int]:
+    """Tiles, launch options, and how many programs share a row.
 
-    A program that makes codes sees whole rows: in the widest tiles that leave at most a fifth of their columns idle,
-    with one 16-byte access of BF16 for each thread. Of rows that are not held, more and narrower ones are in flight,
-    as each waits at a barrier. With I = 11008 a program holds 3 tiles of 4096, with I = 4096 one.
+    A kernel that makes codes sees whole rows. Tiles of one row are as wide as ``rows`` has them or as the largest
+    power of two in the row; what is left goes into a narrower one: with I = 11008 a program holds 5 tiles of 2048
+    columns and one of 1024.
     """
     smallest = max(group_size, min(256, triton.next_power_of_2(width)), 16)
-    block_h = WIDEST_TILE
-    while block_h > smallest and round_up(width, block_h) * 5 > width * 6:
-        block_h //= 2
     if not codes:
-        block_h = min(block_h, 1024)
-        return TILE // block_h, block_h, 0, 8
-    held = triton.cdiv(width, block_h)
-    if held > most_held:
-        block_h, held = min(block_h, 2048), 0
-    block_t = max(1, 1024 // block_h)
-    return block_t, block_h, held, max(1, block_t * block_h // 256)
+        block_h = max(smallest, min(1024, triton.next_power_of_2(width)))
+        tiles = {"HELD": 0, "TAIL": 0, "BLOCK_T": TILE // block_h, "BLOCK_H": block_h}
+        return tiles, {"num_warps": 8}, triton.cdiv(width, block_h)
+    wide = 2 if width > rows.block * rows.most else 1
+    block_h = max(smallest, min(rows.block * wide, triton.next_power_of_2(width + 1) // 2))
+    held, rest = divmod(width, block_h)
+    tail = max(smallest, triton.next_power_of_2(rest)) if rest else 0
+    if tail == block_h or not held:
+        held, tail = held + 1, 0
+    if held + (tail > 0) > rows.most:
+        block_h, held, tail = min(block_h, 2048), 0, 0
+    block_t = 1 if tail else max(1, 1024 // block_h)
+    if held + (tail > 0) > 1:
+        options = {"num_warps": rows.warps * wide, "maxnreg": rows.registers}
+    else:
+        options = {"num_warps": max(1, block_t * block_h // 256)}
+    return {"HELD": held, "TAIL": tail, "BLOCK_T": block_t, "BLOCK_H": block_h}, options, 1
 
 
 def activation(x, up, act, group_size, scale_dtype, values, codes):
@@ -341,16 +406,11 @@ def activation(x, up, act, group_size, scale_dtype, values, codes):
         kept_q = torch.empty((tokens, parts * width), dtype=fp8, device=device)
         kept_s = torch.empty((tokens, parts * groups), dtype=scale_dtype, device=device)
     if tokens:
-        block_t, block_h, held, warps = _tile(width, group_size, codes, FORWARD_HELD)
-        columns = 1 if codes else triton.cdiv(width, block_h)
-        if held > 1:  # few warps with 16 values to a thread, and registers for two programs a processor
-            options = {"num_warps": warps // 2, "maxnreg": 128}
-        else:
-            options = {"num_warps": warps}
-        _activation_kernel[(triton.cdiv(tokens, block_t), columns)](
+        tiles, options, columns = _plan(width, group_size, codes, FORWARD)
+        _activation_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]), columns)](
             x, up, h, h_q, h_s, kept_q, kept_s, tokens, width, x.stride(0), up.stride(0),
             ACT=act, GATED=parts == 2, GROUP=group_size, VALUES=values, CODES=codes,
-            HELD=held, BLOCK_T=block_t, BLOCK_H=block_h, **options,
+            AHEAD=AHEAD, **tiles, **options,
         )  # fmt: skip
     return h, h_q, h_s, kept_q, kept_s
 
@@ -366,12 +426,11 @@ def activation_backward(dh, kept_q, kept_s, act, gated, group_size, codes, code_
     else:
         d = torch.empty(kept_q.shape, dtype=out_dtype, device=device)
     if tokens:
-        block_t, block_h, held, warps = _tile(width, group_size, codes, BACKWARD_HELD)
-        columns = 1 if codes else triton.cdiv(width, block_h)
-        _activation_backward_kernel[(triton.cdiv(tokens, block_t), columns)](
+        tiles, options, columns = _plan(width, group_size, codes, BACKWARD)
+        _activation_backward_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]), columns)](
             dh, kept_q.contiguous(), kept_s.contiguous(), d, d_q, d_s, tokens, width, dh.stride(0),
             ACT=act, GATED=gated, GROUP=group_size, CODES=codes, EMAX=MAX_EXPONENT[code_dtype],
-            HELD=held, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+            **tiles, **options,
         )  # fmt: skip
     return d, d_q, d_s
 
@@ -381,10 +440,11 @@ def activation_transposed(kept_q, kept_s, scale, act, gated, group_size):
     padded = round_up(tokens, 16)
     h_qt = torch.empty((width, padded), dtype=kept_q.dtype, device=kept_q.device)
     if tokens:
-        block_t, block_h = 64, max(64, group_size)
-        _activation_again_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
-            kept_q.contiguous(), kept_s.contiguous(), scale, h_qt.view(torch.uint8), tokens, width, padded,
-            ACT=act, GATED=gated, GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=block_h // 16,
+        block_t, block_h, warps = TRANSPOSED_TILE
+        block_h = max(block_h, group_size)
+        _activation_transposed_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
+            kept_q.contiguous(), kept_s.contiguous(), scale, h_qt.view(torch.int32), tokens, width, padded // 16,
+            ACT=act, GATED=gated, GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
         )  # fmt: skip
     return h_qt
 
@@ -393,9 +453,9 @@ def activation_values(kept_q, kept_s, act, gated, group_size, dtype):
     tokens, width = kept_q.shape[0], kept_q.shape[1] // (2 if gated else 1)
     h = torch.empty((tokens, width), dtype=dtype, device=kept_q.device)
     if tokens:
-        block_t, block_h, _, warps = _tile(width, group_size, False, 0)
-        _activation_again_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
-            kept_q.contiguous(), kept_s.contiguous(), None, h, tokens, width, width,
-            ACT=act, GATED=gated, GROUP=group_size, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        tiles, options, columns = _plan(width, group_size, False, FORWARD)
+        _activation_values_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]), columns)](
+            kept_q.contiguous(), kept_s.contiguous(), h, tokens, width,
+            ACT=act, GATED=gated, GROUP=group_size, BLOCK_T=tiles["BLOCK_T"], BLOCK_H=tiles["BLOCK_H"], **options,
         )  # fmt: skip
     return h

@@ -22,7 +22,7 @@ from .tiles_triton import (
     scale_groups,
     to_float,
     to_fp8,
-    to_fp8_bits,
+    to_fp8_words,
     unpack_scale,
 )
 
@@ -348,32 +348,35 @@ def norm_backward(dy, x_q, x_s, mean, rstd, weight, offset, group_size, dx_dtype
     return dx, sums.sum(0) if dw or db else sums[0]
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _norm_again_kernel(
-    xq_ptr, xs_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, out_ptr, tokens, width, columns, offset,
+@triton.jit(do_not_specialize=["tokens", "lines"])
+def _norm_transposed_kernel(
+    xq_ptr, xs_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, scale_ptr, yqt_ptr, tokens, width, lines, offset,
     GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: its codes at a scale, written transposed to [H, columns], or without a scale its values as they
-    stand. Grid: tiles of [BLOCK_T, BLOCK_H], of transposed codes also behind the last token."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One tile of y's codes, written transposed. Grid: tiles of [BLOCK_T, BLOCK_H], also behind the last token.
+
+    A row of the result has ``lines`` of 16 tokens.
+    """
+    word = tl.program_id(0).to(tl.int64) * (BLOCK_T // 4) + tl.arange(0, BLOCK_T // 4)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     g = tl.program_id(1) * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)[None, :]
-    here = t < tokens
-    rstd = tl.load(rstd_ptr + t, mask=here, other=0.0)
-    stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
-    y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP)
-    w, b = _coefficients(w_ptr, t, h, width, 1.0), _coefficients(b_ptr, t, h, width, 0.0)
-    if scale_ptr is None:
-        y = to_float(y * (w + offset) + b, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + t[:, None] * width + h, y, mask=here[:, None] & (h < width))
-    else:
-        inverse = tl.div_rn(1.0, tl.load(scale_ptr))  # joins the weight, which may be zero where it is huge
-        y = y * (w * inverse + offset * inverse) + b * inverse  # where there is no bias its zero makes 0 of -0
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))  # joins the weight, which may be zero where it is huge
+    w = _coefficients(w_ptr, word, h, width, 1.0) * inverse + offset * inverse
+    b = _coefficients(b_ptr, word, h, width, 0.0) * inverse
+    parts = ()
+    for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
+        t = 4 * word + i
+        rstd = tl.load(rstd_ptr + t, mask=t < tokens, other=0.0)
+        stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
+        # where there is no bias its zero makes 0 of -0
+        y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP) * w + b
         if b_ptr is not None:
-            y = tl.where(here[:, None], y, 0.0)
-        column = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-        address = column * columns + t[None, :]
-        tl.store(out_ptr + address, tl.trans(to_fp8_bits(y, EMAX)), mask=(column < width) & (t[None, :] < columns))
+            y = tl.where(t[:, None] < tokens, y, 0.0)
+        parts = parts + (y,)
+    words = to_fp8_words(parts[0], parts[1], parts[2], parts[3], EMAX)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    inside = (column < width) & (word[None, :] < lines * 4)
+    tl.store(yqt_ptr + column * (lines * 4) + word[None, :], tl.trans(words), mask=inside)
 
 
 def norm_transposed(x_q, x_s, mean, rstd, weight, bias, scale, offset, group_size):
@@ -383,11 +386,29 @@ def norm_transposed(x_q, x_s, mean, rstd, weight, bias, scale, offset, group_siz
     y_qt = torch.empty((width, padded), dtype=E4M3, device=x_q.device)
     if tokens:
         block_t, block_h, warps = transposed_tile_of(width, group_size)
-        _norm_again_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
-            x_q, x_s, mean, rstd, weight, bias, scale, y_qt.view(torch.uint8), tokens, width, padded, offset,
+        _norm_transposed_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
+            x_q, x_s, mean, rstd, weight, bias, scale, y_qt.view(torch.int32), tokens, width, padded // 16, offset,
             GROUP=min(group_size, block_h), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
         )  # fmt: skip
     return y_qt
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _norm_values_kernel(
+    xq_ptr, xs_ptr, mean_ptr, rstd_ptr, w_ptr, b_ptr, y_ptr, tokens, width, offset,
+    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One tile of y. Grid: tiles of [BLOCK_T, BLOCK_H]."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    g = tl.program_id(1) * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)[None, :]
+    here = t < tokens
+    rstd = tl.load(rstd_ptr + t, mask=here, other=0.0)
+    stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
+    y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP)
+    w, b = _coefficients(w_ptr, t, h, width, 1.0), _coefficients(b_ptr, t, h, width, 0.0)
+    y = to_float(y * (w + offset) + b, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + t[:, None] * width + h, y, mask=here[:, None] & (h < width))
 
 
 def norm_values(x_q, x_s, mean, rstd, weight, bias, offset, group_size, dtype):
@@ -396,8 +417,8 @@ def norm_values(x_q, x_s, mean, rstd, weight, bias, offset, group_size, dtype):
     y = torch.empty((tokens, width), dtype=dtype, device=x_q.device)
     if tokens:
         block_t, block_h, warps = tile_of(width)
-        _norm_again_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
-            x_q, x_s, mean, rstd, weight, bias, None, y, tokens, width, width, offset,
+        _norm_values_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(width, block_h))](
+            x_q, x_s, mean, rstd, weight, bias, y, tokens, width, offset,
             GROUP=min(group_size, block_h), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
         )  # fmt: skip
     return y

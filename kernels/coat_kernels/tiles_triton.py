@@ -17,6 +17,26 @@ def magnitude_bits(x):
 
 
 @triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def larger_magnitude(top, x):
+    """The larger of ``top`` and |x|, elementwise, of float32 numbers; NaN if one of them is: one instruction."""
+    return _larger_or_nan(top, tl.abs(x))
+
+
+@triton.jit
+def amax_bits(x, axis: tl.constexpr):
+    """The largest :func:`magnitude_bits` of float32 ``x`` along ``axis``."""
+    if INTERPRETED:  # which calls a function for each pair of values
+        return tl.max(magnitude_bits(x), axis=axis)
+    else:
+        return magnitude_bits(tl.reduce(tl.abs(x), axis, _larger_or_nan))
+
+
+@triton.jit
 def dither_factor(ptr, count):
     """A factor in [1, 2) from the first ``count`` values of a row, 256 at most; the twin of ``formats``' function."""
     i = tl.arange(0, 256)
@@ -37,6 +57,16 @@ def scale_from_bits(amax_bits, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, f
         amax = amax_bits.to(tl.float32, bitcast=True)
         scale = tl.maximum(amax * (1.0 / (1.75 * 2.0**EMAX)), 1.1754943508222875e-38)
     return tl.where(amax_bits < 0x7F800000, scale, float("nan"))
+
+
+@triton.jit
+def inverse_scale(s, POWER_OF_TWO: tl.constexpr):
+    """``1 / s`` of float32 scales, which are NaN or, if powers of two, between 2**-126 and 2**126."""
+    if POWER_OF_TWO:  # by the exponent, as a division that rounds right is a loop of instructions and a branch
+        inverse = ((254 << 23) - s.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        return tl.where(s == s, inverse, s)
+    else:
+        return tl.div_rn(1.0, s)
 
 
 @triton.jit
@@ -71,9 +101,10 @@ def quantize_groups(x, GROUP: tl.constexpr, EMAX: tl.constexpr, S_DTYPE: tl.cons
     BLOCK_T: tl.constexpr = x.shape[0]
     BLOCK_H: tl.constexpr = x.shape[1]
     x = tl.reshape(x, [BLOCK_T, BLOCK_H // GROUP, GROUP])
-    s = scale_from_bits(tl.max(magnitude_bits(x), axis=2), EMAX, S_DTYPE == tl.uint8)
+    s = scale_from_bits(amax_bits(x, 2), EMAX, S_DTYPE == tl.uint8)
     stored = pack_scale(s, S_DTYPE)
-    x = x * tl.div_rn(1.0, unpack_scale(stored))[:, :, None]
+    inverse = inverse_scale(s, True) if S_DTYPE == tl.uint8 else inverse_scale(unpack_scale(stored), False)
+    x = x * inverse[:, :, None]
     return tl.reshape(x, [BLOCK_T, BLOCK_H]), stored
 
 
@@ -126,6 +157,29 @@ def to_fp8_bits(x, EMAX: tl.constexpr):
 
 
 @triton.jit
+def to_fp8_words(x0, x1, x2, x3, EMAX: tl.constexpr):
+    """The bits of four tensors as int32, in the order of memory.
+
+    Rows of a transposed tile are tokens, a byte each. With four successive tokens in one word a thread hands a quarter
+    of the pieces to other threads.
+    """
+    if INTERPRETED:
+        bits = _checked_bits(x0, EMAX) | (_checked_bits(x1, EMAX) << 8)
+        return bits | (_checked_bits(x2, EMAX) << 16) | (_checked_bits(x3, EMAX) << 24)
+    else:
+        return tl.inline_asm_elementwise(
+            _CONVERT_E4M3 if EMAX == 8 else _CONVERT_E5M2, "=r,r,r,r,r", [x0, x1, x2, x3], dtype=tl.int32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _checked_bits(x, EMAX: tl.constexpr):
+    """:func:`to_fp8_bits` in the interpreter, where the bits of a NaN are otherwise a number's."""
+    return tl.where(x == x, to_fp8_bits(x, EMAX).to(tl.int32), 0x7F)
+
+
+@triton.jit
 def to_fp8(x, EMAX: tl.constexpr):
     """FP8 codes of float32 ``x``: held inside the format's range, rounded to nearest even."""
     dtype: tl.constexpr = tl.float8e4nv if EMAX == 8 else tl.float8e5
@@ -137,9 +191,45 @@ def to_fp8(x, EMAX: tl.constexpr):
 
 @triton.jit
 def to_float(x, DTYPE: tl.constexpr):
-    """Float32 ``x`` in float dtype ``DTYPE``, rounded to nearest even (the interpreter's own BF16 cast truncates)."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    """Float32 ``x`` in float dtype ``DTYPE``, rounded to nearest even (the interpreter's own BF16 cast truncates).
+
+    BF16 numbers are made in pairs: the instruction that makes one alone has a quarter of the throughput.
+    """
+    if DTYPE != tl.bfloat16:
+        return x.to(DTYPE)
+    elif INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+        return tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def to_float32(x):
+    """``x`` as float32; BF16 numbers in pairs: one instruction for each, of which Triton's cast takes one or two."""
+    if x.dtype != tl.bfloat16 or INTERPRETED:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; shl.b32 low, $2, 16; and.b32 high, $2, 0xffff0000; "
+            "mov.b32 $0, low; mov.b32 $1, high; }",
+            "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_scales(ptr, s, mask):
+    """Store a small tensor that many threads hold, from where it lies; ``ptr`` and ``mask`` have the shape of ``s``.
+
+    Triton's own store first spreads such a tensor over the threads through shared memory, behind two barriers.
+    """
+    if INTERPRETED or s.dtype != tl.uint8:
+        tl.store(ptr, s, mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred here; setp.ne.b32 here, $3, 0; @here st.global.u8 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [ptr.to(tl.int64), s.to(tl.int32), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

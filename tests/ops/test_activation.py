@@ -245,10 +245,14 @@ def test_values_parity(twin, device, shape, group, scale_dtype, gated):
 
 
 @pytest.mark.parametrize("width", [3000, 9000, 21000])
-def test_rows_of_many_tiles(twin, equal, device, width):
-    """Wider than a tile: held in registers, or computed twice."""
-    for held in (twin.FORWARD_HELD, twin.BACKWARD_HELD):
-        assert twin._tile(3000, 32, True, held)[2] == 3 and twin._tile(21000, 32, True, held)[2] == 0
+def test_rows_of_many_tiles(twin, equal, device, width, monkeypatch):
+    """Wider than a tile: held in registers, the last one narrower or not, or computed twice."""
+    monkeypatch.setattr(twin, "FORWARD", twin.FORWARD._replace(block=512, most=9))
+    monkeypatch.setattr(twin, "BACKWARD", twin.BACKWARD._replace(block=2048, most=5))
+    tiles = {3000: ((6, 0), (1, 1024)), 9000: ((9, 0), (4, 1024)), 21000: ((0, 0), (0, 0))}[width]
+    for rows, (held, tail) in zip((twin.FORWARD, twin.BACKWARD), tiles, strict=True):
+        plan = twin._plan(width, 32, True, rows)[0]
+        assert (plan["HELD"], plan["TAIL"]) == (held, tail)
     x, up = halves(1, width)
     dh = sample(1, width, seed=1)
     expected = activation_ref(x, up, "silu", 32, torch.uint8, True, True)
