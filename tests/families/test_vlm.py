@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 import hf_coat
 from hf_coat import CoatConfig, memory
 from hf_coat.config import Keep, Region
-from hf_coat.modules import CoatAttention, CoatFrozenLinear, CoatLinear, Converted, loss
+from hf_coat.modules import CoatAttention, CoatFrozenLinear, CoatLinear, Converted, attention, loss
 from hf_coat.policy import find_regions
+from hf_coat.probe import Probe
 
 _spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("test_families.py"))
 families = importlib.util.module_from_spec(_spec)
@@ -245,22 +246,73 @@ def test_regions(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])  # whose merger, inside the tower, trains
-def test_a_frozen_tower_stays_as_it_is(name):
-    """Unless it is asked for, or its weights are stored as FP8."""
+def test_a_frozen_tower_rests_in_bf16(name):
+    """Unless it is asked for, or its weights are stored as FP8. Its rotary embeddings are fused, where it has any."""
     model = freeze(build(VLMS[name].config), (Region.VISION,))
     tower = model.get_submodule(VLMS[name].vision)
 
-    def converted() -> bool:
-        return any(isinstance(module, (CoatLinear, Converted)) for module in tower.modules())
+    def converted() -> list[nn.Module]:
+        return [module for module in tower.modules() if isinstance(module, (CoatLinear, Converted))]
+
+    def rests() -> bool:
+        fused = [m.coat_state for m in converted() if isinstance(m, CoatAttention)]
+        assert len(fused) == len(converted()) == (0 if name == "llava" else 2), "attentions alone"
+        return all(state.keep is Keep.BF16 and state.rotary for state in fused)
 
     report = hf_coat.apply_coat(model)
-    assert not converted() and "in a frozen tower" in str(report) and "nothing trains" in report.regions["vision"]
-    assert "lean" in hf_coat.apply_coat(model, hf_coat.CoatConfig(activations={"vision": "lean"})).regions["vision"]
-    assert converted()
+    assert rests() and "in a frozen tower" in str(report) and "nothing trains" in report.regions["vision"]
+    assert "lean" in hf_coat.apply_coat(model, CoatConfig(activations={"vision": "lean"})).regions["vision"]
+    assert any(isinstance(module, CoatLinear) for module in converted())
     hf_coat.apply_coat(model)
-    assert not converted(), "turned back"
-    hf_coat.apply_coat(model, hf_coat.CoatConfig(frozen_weights="fp8"))
+    assert rests(), "turned back"
+    left = hf_coat.apply_coat(model, CoatConfig(modules_to_not_convert=["vision"]))
+    assert not converted() and left.regions["vision"].endswith("BF16, as modules_to_not_convert says")
+    hf_coat.apply_coat(model, CoatConfig(frozen_weights="fp8"))
     assert any(isinstance(module, CoatFrozenLinear) for module in tower.modules())
+
+
+def qwen_of(inner: int) -> nn.Module:
+    """A Qwen2.5-VL with this many values inside its tower's MLPs; the tower does not train."""
+    config = copy.deepcopy(VLMS["qwen2_5_vl"].config)
+    config.vision_config.intermediate_size = inner
+    return freeze(build(config), (Region.VISION,))
+
+
+def test_a_frozen_tower_of_sizes_that_bf16_is_slow_with():
+    """As Qwen2.5-VL's own 3420, which is no multiple of 8; where that is most of its weights."""
+    model, inputs = qwen_of(100), batch("qwen2_5_vl")
+    assert_trains_as_before(model, inputs)
+    report = hf_coat.apply_coat(model)
+    block = "model.visual.blocks.0"
+    assert {f"{block}.mlp", f"{block}.mlp.up_proj", f"{block}.attn.proj", f"{block}.norm1"} <= report.converted.keys()
+    assert report.kept["model.visual.merger.mlp.0"].startswith("projector")
+    vision = report.regions["vision"]
+    assert "frozen" in vision and "; lean; " in vision and "sizes (100) are no multiples of 8" in vision
+    with watching(model.get_submodule(block)) as kept:
+        model(**inputs)
+    assert not kept
+    measured = memory.measure(model, inputs, torch.optim.SGD(model.parameters()))
+    assert memory.predict(model, inputs).activations == measured.activations
+    with Probe(model) as probe:
+        model(**inputs)
+    assert f"{block}.mlp.down_proj" in probe.figures()
+    assert "multiples" not in hf_coat.apply_coat(freeze(model, ())).regions["vision"], "it trains"
+
+    for inner in (96, 20):  # multiples of 8; a fifth of the weights
+        report = hf_coat.apply_coat(qwen_of(inner))
+        assert report.kept[f"{block}.mlp.up_proj"].startswith("in a frozen tower")
+        assert "faster where nothing trains" in report.regions["vision"]
+
+
+@pytest.mark.parametrize("trains", ["everything", "tower frozen"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_each_attention_rotates_in_one_pass(name, trains, monkeypatch):
+    model, calls, own = freeze(build(VLMS[name].config), FROZEN[trains]), [], attention.coat_rotary
+    report = hf_coat.apply_coat(model)
+    monkeypatch.setattr(attention, "coat_rotary", lambda *args: calls.append(args[0].shape) or own(*args))
+    model(**batch(name))
+    assert len(calls) == 2 + 2, "layers of the tower, of the language model"
+    assert sum("fused rotary embedding" in what for what in report.converted.values()) == 2 + 2
 
 
 @every_vlm
