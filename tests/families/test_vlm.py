@@ -530,15 +530,23 @@ def test_dynamic_resolution_and_video():
     assert_trains_as_before(model, dict(input_ids=ids, labels=ids, mm_token_type_ids=2 * (ids == 121).int(), **video))
 
 
-def test_packed_samples_do_not_see_each_other():
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_packed_samples_do_not_see_each_other(name):
     """Two samples in one row, told apart by their positions, lose and learn what they do in two rows."""
-    model = build(llava())
+    model, given = build(VLMS[name].config), []
     hf_coat.apply_coat(model)
-    inputs = batch("llava")
+    inputs = batch(name)
+    inputs.pop("attention_mask")
+    language = model.get_submodule(VLMS[name].language)
+    seen = language.register_forward_pre_hook(lambda _, args, kw: given.append(kw["position_ids"]), with_kwargs=True)
     expected, grads = families.train(model, inputs)
-    ids, labels = (inputs[key].reshape(1, -1) for key in ("input_ids", "labels"))
-    positions = torch.arange(ids.shape[1] // 2).repeat(2)[None]
-    row = dict(input_ids=ids, labels=labels, pixel_values=inputs["pixel_values"], position_ids=positions)
+    seen.remove()
+    tensors = {key: value for key, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    row = inputs | {key: value.reshape(1, -1) for key, value in tensors.items()}
+    length = inputs["input_ids"].shape[1]
+    row["position_ids"] = torch.arange(length).repeat(2)[None]
+    if name == "qwen2_5_vl":  # in front of time, height and width
+        row["position_ids"] = torch.cat([row["position_ids"][None], given[0][-3:].reshape(3, 1, -1)])
     packed, packed_grads = families.train(model, row | {"use_cache": False})
     assert torch.allclose(packed, expected, rtol=1e-3)
     error = torch.cat([(packed_grads[n] - g).flatten() for n, g in grads.items()]).norm()
