@@ -10,7 +10,7 @@ and all else trains. All parameters are BF16. The peers:
     liger       with Liger's patch of the model, if it has one
     lean        COAT, whose policies follow from the regions
     uniform     what "lean" does to models of text, in all regions: no region is known
-    text-only   "lean" with the tower left alone; what "lean" itself does where nothing of the tower trains
+    text-only   "lean" with the tower left alone; skipped where "lean" itself does that, as nothing of it trains
     paper
 
 ``--attention varlen`` is for Qwen, whose tower attends within windows: one call of torch's varlen_attn for all, as
@@ -75,7 +75,7 @@ def llava(options) -> tuple[transformers.PreTrainedModel, dict]:
 def qwen(options) -> tuple[transformers.PreTrainedModel, dict]:
     vision, text, sizes, sections = QWEN_TOWER, QWEN_7B, SIZES, [16, 24, 24]
     if options.tiny:
-        vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, out_hidden_size=64)
+        vision = dict(depth=2, hidden_size=64, intermediate_size=100, num_heads=4, out_hidden_size=64)
         text, sizes, sections = SMALL_TEXT | {"num_key_value_heads": 2}, ((28, 28), (56, 28)), [2, 3, 3]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     config = transformers.Qwen2_5_VLConfig(
@@ -150,9 +150,10 @@ def run(options) -> dict:
     model, batch = make(options)
     freeze(model.train(), options.train)
     if options.peer not in ("bf16", "liger"):
-        if options.peer == "text-only" and options.train != "everything":
-            raise Unavailable("the same as lean where nothing of the tower trains")
-        hf_coat.apply_coat(model, SETTINGS[options.peer])
+        lean = hf_coat.apply_coat(model, SETTINGS["lean"])
+        report = hf_coat.apply_coat(model, SETTINGS[options.peer])
+        if options.peer == "text-only" and report.converted == lean.converted:
+            raise Unavailable("the same as lean, which leaves this tower alone too")
     leaves = [p for p in model.parameters() if p.requires_grad]
     seen = int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
     options.length, options.layers = seen / options.batch, model.config.get_text_config().num_hidden_layers

@@ -165,7 +165,8 @@ class CoatConfig(QuantizationConfigMixin):
             q and k.
         regions: Corrects the regions that hf_coat.policy finds: from a pattern of module names to a region.
         probe_steps: In how many steps at the beginning of a Trainer's run a vision-language model is measured by
-            :mod:`hf_coat.probe`, and linears that FP8 costs too much are moved to BF16; 0 for none.
+            :mod:`hf_coat.probe`, and linears whose image or text tokens FP8 costs more than 0.04 (its ``LIMIT``) of
+            their size, where 0.026 is usual, are moved to BF16; 0 for none.
         promoted: Linears that were moved so, and why. The Trainer's runs write it into ``coat_config.json``, for the
             run that is resumed there.
         group_size: Consecutive values of a token that share a scale in what is kept: 16, 32, 64, 128 or 256.

@@ -265,7 +265,8 @@ class _Walk:
                     reason = "activations='paper'" if policy is Keep.PAPER else None
                 else:
                     reason = "activations='bf16'" if policy is Keep.BF16 else None
-                reason = self.policy.excluded(name) or reason
+                fuses = isinstance(state, AttentionState) and state.rotary is not None
+                reason = self.policy.excluded(name, fuses) or reason
                 if reason is None:
                     state.keep = policy
                     if isinstance(state, MLPState) and self.config.cache_weights:

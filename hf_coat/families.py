@@ -27,9 +27,9 @@ from .modules import (
     LoraState,
     MLPState,
     NormState,
-    has_plain_rotary,
     heads,
     is_attention,
+    plain_rotary,
 )
 
 ROUTERS = ("gate", "router")  # last part of the name of a mixture-of-experts router; "router" also inside it
@@ -286,7 +286,7 @@ def _stand_in(module: nn.Module, **held) -> Callable:
     return functools.partial(cls.forward, twin)
 
 
-_plain_rotary = functools.cache(_on_cpu(has_plain_rotary))
+_plain_rotary = functools.cache(_on_cpu(plain_rotary))
 
 
 @_on_cpu

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+import hf_coat
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -59,6 +61,25 @@ def test_with_your_own_model_and_data(vlm, tmp_path, monkeypatch, capsys):
         assert after.keys() == before.keys()
         changed = {name.split(".")[1] for name, value in after.items() if not torch.equal(value, before[name])}
         assert "vision_tower" not in changed and {"multi_modal_projector", "language_model"} <= changed
+
+
+def test_trls_collator(vlm, tmp_path):
+    """SFTTrainer makes the inputs by itself, of the same rows; the model is measured and converted as elsewhere."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    model, processor = vlm.small_llava()
+    args = hf_coat.trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to="none", use_cpu=True,
+        max_length=None, gradient_checkpointing=False, coat="lean", save_strategy="no",
+    )  # fmt: skip
+    rows = vlm.digits().take(8)
+    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=processor)
+    assert type(trainer.data_collator).__name__ == "DataCollatorForVisionLanguageModeling"
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 2 and all(0 < loss < 10 for loss in losses), losses
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, hf_coat.CoatCallback))
+    assert callback.report.regions.keys() == {"vision", "projector", "language", "head"}
+    assert {"image", "text"} == callback.record["probe"]["1"]["language"].keys()
 
 
 def test_only_answers_have_labels(vlm):

@@ -1,6 +1,6 @@
 """The modules of a converted model; they know nothing of trainers."""
 
-from .attention import AttentionState, CoatAttention, has_plain_rotary, is_attention
+from .attention import AttentionState, CoatAttention, is_attention, plain_rotary
 from .converted import Converted, convert
 from .gather import gather_codes, gather_values, gathered_as_codes
 from .linear import CoatFrozenLinear, CoatLinear, Merged
@@ -28,7 +28,7 @@ __all__ = [
     "gather_codes",
     "gather_values",
     "gathered_as_codes",
-    "has_plain_rotary",
+    "plain_rotary",
     "heads",
     "is_attention",
     "unfuse_loss",

@@ -12,9 +12,7 @@ from ..config import Keep
 from ..functional import coat_rotary, keep_attention
 from .converted import Converted
 
-# Names in transformers' modeling files.
-REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-ROTARY = "apply_rotary_pos_emb"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # a name in transformers' modeling files
 
 
 @dataclass
@@ -23,11 +21,11 @@ class AttentionState:
 
     Args:
         keep: The activation policy: "lean" keeps FP8 groups, else what the attention's kernel keeps stays as it is.
-        rotary: Whether its rotary embedding runs as one kernel.
+        rotary: Name of the function, of :data:`ROTARY`, that runs as one kernel; None where none does.
     """
 
     keep: Keep = Keep.LEAN
-    rotary: bool = False
+    rotary: str | None = None
 
 
 class CoatAttention(Converted):
@@ -78,24 +76,48 @@ def attend(interface: Callable, module: CoatAttention, query, key, value, *args,
     return out, *rest
 
 
+Rotated = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotate_heads(q, k, cos, sin) -> Rotated | None:
+    """Rotate [B, N, S, D] by angles [B or 1, S, D]; None where they are of other shapes or layouts."""
+    plain = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
+    if plain and q.dtype == k.dtype and q.stride(-1) == k.stride(-1) == 1:
+        return coat_rotary(q, k, cos, sin)
+    return None
+
+
+def rotate_patches(q, k, cos, sin) -> Rotated | None:
+    """The same of [S, N, D] or [B, S, N, D] by angles [S, D], as vision towers have them."""
+    if q.dim() not in (3, 4) or cos.dim() != 2:
+        return None
+    heads = [(x if x.dim() == 4 else x[None]).transpose(1, 2) for x in (q, k)]
+    rotated = rotate_heads(*heads, cos[None], sin[None])
+    if rotated is None:
+        return None
+    return rotated[0].transpose(1, 2).view(q.shape), rotated[1].transpose(1, 2).view(k.shape)
+
+
+# Name of a rotary function in transformers' modeling files -> how it is computed in one pass.
+ROTARY = {"apply_rotary_pos_emb": rotate_heads, "apply_rotary_pos_emb_vision": rotate_patches}
+
+
 @functools.cache
-def with_names(forward: Callable, rotary: bool) -> Callable:
+def with_names(forward: Callable, rotary: str | None) -> Callable:
     """``forward`` with other objects behind two of the global names that it reads.
 
     The modeling file itself is left in peace: other models are using it.
     """
     names = {REGISTRY: _Registry(forward.__globals__[REGISTRY])}
-    if rotary:
-        own = forward.__globals__[ROTARY]
+    if rotary is not None:
+        own = forward.__globals__[rotary]
 
         @functools.wraps(own)
         def fused(q, k, cos, sin, *args, **kwargs):
-            plain = not args and not kwargs and q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
-            if plain and q.dtype == k.dtype and q.stride(-1) == k.stride(-1) == 1:
-                return coat_rotary(q, k, cos, sin)
-            return own(q, k, cos, sin, *args, **kwargs)
+            rotated = None if args or kwargs else ROTARY[rotary](q, k, cos, sin)
+            return own(q, k, cos, sin, *args, **kwargs) if rotated is None else rotated
 
-        names[ROTARY] = fused
+        names[rotary] = fused
     copy = types.FunctionType(
         forward.__code__, forward.__globals__ | names, forward.__name__, forward.__defaults__, forward.__closure__
     )
@@ -108,22 +130,33 @@ def is_attention(forward: Callable) -> bool:
     return inspect.isfunction(forward) and REGISTRY in forward.__code__.co_names
 
 
-def has_plain_rotary(forward: Callable) -> bool:
-    """Whether ``forward`` calls a global rotary function that computes ``x * cos + rotate_half(x) * sin``."""
-    if not inspect.isfunction(forward) or ROTARY not in forward.__code__.co_names:
-        return False
-    own = forward.__globals__.get(ROTARY)
+def plain_rotary(forward: Callable) -> str | None:
+    """Name of the global rotary function that ``forward`` calls, where it computes ``x * cos + rotate_half(x) * sin``.
+
+    That of a vision tower is given BF16 heads and float32 angles, and has to round once.
+    """
+    names = forward.__code__.co_names if inspect.isfunction(forward) else ()
+    return next((name for name in ROTARY if name in names and _rotates(forward.__globals__.get(name), name)), None)
+
+
+def _rotates(own: Callable, name: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     plain = {"generator": generator, "dtype": torch.float32}  # whatever is the default while loading
     q, k = (torch.randn(2, heads, 5, 8, **plain) for heads in (4, 2))
     cos, sin = (torch.randn(2, 5, 8, **plain) for _ in range(2))
+    if ROTARY[name] is rotate_patches:
+        q, k = (x[0].transpose(0, 1).bfloat16() for x in (q, k))
+        cos, sin = cos[0], sin[0]
+    heads = -3 if cos.dim() == 3 else -2
 
     def rotated(x):
-        half = torch.cat((-x[..., 4:], x[..., :4]), dim=-1)
-        return x * cos.unsqueeze(1) + half * sin.unsqueeze(1)
+        x_f = x.float()
+        half = torch.cat((-x_f[..., 4:], x_f[..., :4]), dim=-1)
+        return (x_f * cos.unsqueeze(heads) + half * sin.unsqueeze(heads)).to(x.dtype)
 
+    step = 1e-6 if q.dtype == torch.float32 else 2**-7  # of a float32 and of a BF16 number
     try:
-        results = own(q, k, cos, sin)
-        return all(torch.allclose(a, rotated(b), atol=1e-6) for a, b in zip(results, (q, k), strict=True))
-    except (TypeError, ValueError, RuntimeError, IndexError):  # another signature, or other shapes
+        pairs = list(zip(own(q, k, cos, sin), map(rotated, (q, k)), strict=True))
+        return all(y.shape == x.shape and torch.allclose(y, x, rtol=step, atol=1e-6) for y, x in pairs)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # another signature, or other shapes and dtypes
         return False

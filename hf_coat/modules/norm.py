@@ -50,11 +50,11 @@ class CoatNorm(Converted):
         if gate is not None and state.gate == "before":
             x = coat_activation(gate, x, gating, share=False)
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
-        if weight is not None and weight.dtype == torch.bfloat16 != x.dtype:
+        autocast = state.center and torch.is_autocast_enabled(x.device.type)  # runs nn.LayerNorm in float32
+        if weight is not None and weight.dtype == torch.bfloat16 != x.dtype and not autocast:
             return self.coat_original.forward(self, x)  # models differ in what they do, and none does it in training
         dtype = torch.promote_types(x.dtype, weight.dtype) if state.promote and weight is not None else x.dtype
-        if state.center and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.float32  # autocast runs nn.LayerNorm so
+        dtype = torch.float32 if autocast else dtype
         # Where heads stand in front of tokens, [B, N, S, H], memory may hold them the other way round.
         swapped = x.dim() == 4 and x.stride(1) < x.stride(2) and not x.is_contiguous()
         y = coat_norm(

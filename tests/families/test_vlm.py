@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 import hf_coat
 from hf_coat import CoatConfig, memory
 from hf_coat.config import Keep, Region
-from hf_coat.modules import CoatAttention, CoatFrozenLinear, CoatLinear, Converted, loss
+from hf_coat.modules import CoatAttention, CoatFrozenLinear, CoatLinear, Converted, attention, loss
 from hf_coat.policy import find_regions
+from hf_coat.probe import Probe
 
 _spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("test_families.py"))
 families = importlib.util.module_from_spec(_spec)
@@ -245,22 +246,73 @@ def test_regions(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])  # whose merger, inside the tower, trains
-def test_a_frozen_tower_stays_as_it_is(name):
-    """Unless it is asked for, or its weights are stored as FP8."""
+def test_a_frozen_tower_rests_in_bf16(name):
+    """Unless it is asked for, or its weights are stored as FP8. Its rotary embeddings are fused, where it has any."""
     model = freeze(build(VLMS[name].config), (Region.VISION,))
     tower = model.get_submodule(VLMS[name].vision)
 
-    def converted() -> bool:
-        return any(isinstance(module, (CoatLinear, Converted)) for module in tower.modules())
+    def converted() -> list[nn.Module]:
+        return [module for module in tower.modules() if isinstance(module, (CoatLinear, Converted))]
+
+    def rests() -> bool:
+        fused = [m.coat_state for m in converted() if isinstance(m, CoatAttention)]
+        assert len(fused) == len(converted()) == (0 if name == "llava" else 2), "attentions alone"
+        return all(state.keep is Keep.BF16 and state.rotary for state in fused)
 
     report = hf_coat.apply_coat(model)
-    assert not converted() and "in a frozen tower" in str(report) and "nothing trains" in report.regions["vision"]
-    assert "lean" in hf_coat.apply_coat(model, hf_coat.CoatConfig(activations={"vision": "lean"})).regions["vision"]
-    assert converted()
+    assert rests() and "in a frozen tower" in str(report) and "nothing trains" in report.regions["vision"]
+    assert "lean" in hf_coat.apply_coat(model, CoatConfig(activations={"vision": "lean"})).regions["vision"]
+    assert any(isinstance(module, CoatLinear) for module in converted())
     hf_coat.apply_coat(model)
-    assert not converted(), "turned back"
-    hf_coat.apply_coat(model, hf_coat.CoatConfig(frozen_weights="fp8"))
+    assert rests(), "turned back"
+    left = hf_coat.apply_coat(model, CoatConfig(modules_to_not_convert=["vision"]))
+    assert not converted() and left.regions["vision"].endswith("BF16, as modules_to_not_convert says")
+    hf_coat.apply_coat(model, CoatConfig(frozen_weights="fp8"))
     assert any(isinstance(module, CoatFrozenLinear) for module in tower.modules())
+
+
+def qwen_of(inner: int) -> nn.Module:
+    """A Qwen2.5-VL with this many values inside its tower's MLPs; the tower does not train."""
+    config = copy.deepcopy(VLMS["qwen2_5_vl"].config)
+    config.vision_config.intermediate_size = inner
+    return freeze(build(config), (Region.VISION,))
+
+
+def test_a_frozen_tower_of_sizes_that_bf16_is_slow_with():
+    """As Qwen2.5-VL's own 3420, which is no multiple of 8; where that is most of its weights."""
+    model, inputs = qwen_of(100), batch("qwen2_5_vl")
+    assert_trains_as_before(model, inputs)
+    report = hf_coat.apply_coat(model)
+    block = "model.visual.blocks.0"
+    assert {f"{block}.mlp", f"{block}.mlp.up_proj", f"{block}.attn.proj", f"{block}.norm1"} <= report.converted.keys()
+    assert report.kept["model.visual.merger.mlp.0"].startswith("projector")
+    vision = report.regions["vision"]
+    assert "frozen" in vision and "; lean; " in vision and "sizes (100) are no multiples of 8" in vision
+    with watching(model.get_submodule(block)) as kept:
+        model(**inputs)
+    assert not kept
+    measured = memory.measure(model, inputs, torch.optim.SGD(model.parameters()))
+    assert memory.predict(model, inputs).activations == measured.activations
+    with Probe(model) as probe:
+        model(**inputs)
+    assert f"{block}.mlp.down_proj" in probe.figures()
+    assert "multiples" not in hf_coat.apply_coat(freeze(model, ())).regions["vision"], "it trains"
+
+    for inner in (96, 20):  # multiples of 8; a fifth of the weights
+        report = hf_coat.apply_coat(qwen_of(inner))
+        assert report.kept[f"{block}.mlp.up_proj"].startswith("in a frozen tower")
+        assert "faster where nothing trains" in report.regions["vision"]
+
+
+@pytest.mark.parametrize("trains", ["everything", "tower frozen"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_each_attention_rotates_in_one_pass(name, trains, monkeypatch):
+    model, calls, own = freeze(build(VLMS[name].config), FROZEN[trains]), [], attention.coat_rotary
+    report = hf_coat.apply_coat(model)
+    monkeypatch.setattr(attention, "coat_rotary", lambda *args: calls.append(args[0].shape) or own(*args))
+    model(**batch(name))
+    assert len(calls) == 2 + 2, "layers of the tower, of the language model"
+    assert sum("fused rotary embedding" in what for what in report.converted.values()) == 2 + 2
 
 
 @every_vlm
@@ -478,15 +530,23 @@ def test_dynamic_resolution_and_video():
     assert_trains_as_before(model, dict(input_ids=ids, labels=ids, mm_token_type_ids=2 * (ids == 121).int(), **video))
 
 
-def test_packed_samples_do_not_see_each_other():
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_packed_samples_do_not_see_each_other(name):
     """Two samples in one row, told apart by their positions, lose and learn what they do in two rows."""
-    model = build(llava())
+    model, given = build(VLMS[name].config), []
     hf_coat.apply_coat(model)
-    inputs = batch("llava")
+    inputs = batch(name)
+    inputs.pop("attention_mask")
+    language = model.get_submodule(VLMS[name].language)
+    seen = language.register_forward_pre_hook(lambda _, args, kw: given.append(kw["position_ids"]), with_kwargs=True)
     expected, grads = families.train(model, inputs)
-    ids, labels = (inputs[key].reshape(1, -1) for key in ("input_ids", "labels"))
-    positions = torch.arange(ids.shape[1] // 2).repeat(2)[None]
-    row = dict(input_ids=ids, labels=labels, pixel_values=inputs["pixel_values"], position_ids=positions)
+    seen.remove()
+    tensors = {key: value for key, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    row = inputs | {key: value.reshape(1, -1) for key, value in tensors.items()}
+    length = inputs["input_ids"].shape[1]
+    row["position_ids"] = torch.arange(length).repeat(2)[None]
+    if name == "qwen2_5_vl":  # in front of time, height and width
+        row["position_ids"] = torch.cat([row["position_ids"][None], given[0][-3:].reshape(3, 1, -1)])
     packed, packed_grads = families.train(model, row | {"use_cache": False})
     assert torch.allclose(packed, expected, rtol=1e-3)
     error = torch.cat([(packed_grads[n] - g).flatten() for n, g in grads.items()]).norm()
@@ -494,16 +554,19 @@ def test_packed_samples_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-    ("targets", "region"),
+    ("name", "targets", "region"),
     [
-        (r".*vision_tower.*\.(q_proj|fc1)", VISION),
-        (r".*projector\.linear_1", PROJECTOR[0]),
-        (r".*language_model.*\.v_proj", LANGUAGE),
+        ("llava", r".*vision_tower.*\.(q_proj|fc1)", VISION),
+        ("llava", r".*projector\.linear_1", PROJECTOR[0]),
+        ("llava", r".*language_model.*\.v_proj", LANGUAGE),
+        ("llava", "lm_head", "lm_head"),
+        ("qwen2_5_vl", r".*visual\.blocks.*\.(qkv|up_proj)", "model.visual"),
+        ("qwen2_5_vl", r".*visual\.merger\.mlp\.0", "model.visual.merger"),
     ],
 )
-def test_lora_in_a_region(targets, region):
+def test_lora_in_a_region(name, targets, region):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model, inputs = build(llava()), batch("llava")
+    vlm, model, inputs = VLMS[name], build(VLMS[name].config), batch(name)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     _, expected = families.train(model, inputs)
@@ -511,11 +574,11 @@ def test_lora_in_a_region(targets, region):
     assert list(report.regions) == ["vision", "projector", "language", "head"]
     _, grads = families.train(model, inputs)
     assert grads.keys() == expected.keys() and all(region in name and "lora" in name for name in grads)
-    for name, grad in expected.items():
-        assert (grads[name] - grad).norm() < 0.5 * grad.norm(), name
-    with watching(model.get_submodule(f"base_model.model.{VISION}")) as kept:
+    for path, grad in expected.items():
+        assert (grads[path] - grad).norm() < 0.5 * grad.norm(), path
+    with watching(model.get_submodule(f"base_model.model.{vlm.vision}")) as kept:
         model(**inputs)
-    assert (sum(kept) > 0) == (region == VISION)
+    assert (sum(kept) > 0) == region.startswith(vlm.vision)
 
 
 @pytest.mark.skipif(loss.library("cpu") is None, reason=f"needs {loss.REMEDY}")

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_coat
 from hf_coat import CoatConfig
+from hf_coat.families import norm_state
 from hf_coat.functional import Gate, WeightCache, coat_activation, coat_norm, keep_attention, operands
 from hf_coat.memory import predict
-from hf_coat.modules import CoatAttention, CoatLinear
+from hf_coat.modules import CoatAttention, CoatLinear, CoatNorm, convert
 
 E4M3 = torch.float8_e4m3fn
 EVERYTHING = CoatConfig(activations="lean")
@@ -248,6 +249,22 @@ def test_norm_gradients(device, center, offset):
     torch.testing.assert_close(x.grad.double(), dx, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(w.grad.double(), (dy.double() * xhat).sum((0, 1)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(b.grad.double(), dy.double().sum((0, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_norm_in_bf16_under_autocast(device):
+    """Its output is float32, as CUDA's autocast has it, and so is the input of the next one where towers add to it."""
+    own = nn.LayerNorm(64, dtype=torch.bfloat16, device=device)
+    nn.init.normal_(own.weight)
+    layer = convert(copy.deepcopy(own), CoatNorm, CoatConfig(), norm_state(own))
+    x, dy = (torch.randn(9, 64, device=device) for _ in range(2))
+    with torch.autocast(device, torch.bfloat16):
+        first = layer(x.bfloat16())
+        y = layer(first)
+    assert first.dtype == y.dtype == torch.float32
+    expected = nn.functional.layer_norm(first, (64,), own.weight.float(), own.bias.float(), own.eps)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.backward(dy)
+    assert layer.weight.grad.dtype == torch.bfloat16 and layer.weight.grad.any()
 
 
 @pytest.mark.parametrize("act", ck.ACTIVATIONS)
