@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ..config import CoatOptimizerConfig, HfCoatConfig, OptimizerName
 from ..convert import apply_coat
-from ..modules import unfuse_loss
 from ..optim import OPTIMIZERS, muon_groups
 from ..pays import hidden_size, measured
 from ..pays import speedup as measured_speedup
@@ -90,11 +89,9 @@ def estimates(training: Training, gpus: Iterable[int]) -> dict[int, StepEstimate
         if not counts:
             continue
         model, make_optimizer = ghost(training)
-        if counts is sharded:
-            unfuse_loss(model)  # accelerate makes the head a unit of FSDP2's own, and then it makes its logits
-            if training.dtype is None:
-                for p in model.parameters():
-                    p.data = p.data.float() if p.requires_grad else p.data
+        if counts is sharded and training.dtype is None:
+            for p in model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
         found |= estimate_step(
             model,
             batch_of(model, training),

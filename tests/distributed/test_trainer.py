@@ -99,6 +99,7 @@ def test_losses_are_those_of_one_process(result, model, kind):
     near(two[0]["losses"], alone["losses"], bf16=model == "bf16")
     assert two[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=2**-8)  # gradients are BF16 in some of them
     assert two[0]["sharded"] == (kind == "whole"), "which parameters are DTensors"
+    assert two[0]["fused"] and all(two[0]["fused"]), "logits were computed"
     assert two[0]["states"] == alone["states"] > 0
     if kind == "whole":  # each process has half of the states, but for rows that two cannot share evenly
         assert sum(r["local_bytes"] for r in two) == pytest.approx(alone["local_bytes"], rel=0.01)

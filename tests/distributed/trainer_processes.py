@@ -24,6 +24,7 @@ from transformers import trainer as hf_trainer
 
 import hf_coat
 from hf_coat.integrations.checks import SHARDS_BYTES
+from hf_coat.modules import loss
 
 _spec = importlib.util.spec_from_file_location("tools", Path(__file__).parents[1] / "integrations" / "conftest.py")
 tools = importlib.util.module_from_spec(_spec)
@@ -131,9 +132,12 @@ def run(model, data, args, **train):
     """A training, and what it left in this process."""
     logger, said = logging.getLogger("transformers.coat"), Said()
     logger.addHandler(said)
+    can_fuse, fused = loss._can_fuse, []
+    loss._can_fuse = lambda *arguments: fused.append(can_fuse(*arguments)) or fused[-1]
     trainer = Trainer(model, args, train_dataset=data)
     trainer.train(**train)
     trainer.save_model()
+    loss._can_fuse = can_fuse
     logger.removeHandler(said)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     kinds = [type(p).__name__ for p in trainer.model.parameters()]
@@ -141,6 +145,7 @@ def run(model, data, args, **train):
         "losses": [entry["loss"] for entry in logged],
         "norms": [entry["grad_norm"] for entry in logged],
         "said": said.lines,
+        "fused": fused,
         "sharded": kinds.count("DTensor") / len(kinds),
         "states": len(trainer.optimizer.optimizer.state),
         "local_bytes": sum(
