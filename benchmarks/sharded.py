@@ -1,6 +1,7 @@
 """Full-parameter training of a Llama-2-7B's sizes on several GPUs of one host: the stock Trainer under DDP and FSDP2.
 
     python benchmarks/sharded.py [--gpus 2] [--layers 32] [--peers ...] [--json FILE] [--tiny]
+        [--bucket-cap-mb N] [--environment NCCL_MAX_CTAS=8 ...]
 
 One command starts everything; each peer is a fresh group of processes, and those on one GPU are what the others scale
 from. Parameters are BF16 and there is no autocast, so that all peers reduce and gather BF16 (with ``bf16=True``
@@ -8,7 +9,8 @@ accelerate would turn the parameters into FP32 ones under FSDP2, and only there)
 through accelerate, so it is trained by a plain loop that takes the same steps: forward, backward, clipping, fused
 AdamW. Times are medians of steps after a warm-up, on the first GPU; memory is that of the fullest one. The bytes of
 FSDP2's collectives are those of one more step, summed up from the shapes in its torch.profiler trace: what one GPU
-puts into them. ``--tiny`` runs a tiny model in two gloo processes on a CPU.
+puts into them. What is said of DDP's buckets and of the environment (NCCL's settings) is said to all peers. ``--tiny``
+runs a tiny model in two gloo processes on a CPU.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from environment import environment
+from environment import environment as about_here
 from peer_models import LLAMA_2_7B, TINY, StepClock, Unavailable, in_bf16, llama_config
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -67,7 +69,7 @@ def through_trainer(peer: Peer, options) -> dict:
 
         kind, recipe = hf_coat.TrainingArguments, {"coat": peer.recipe}
     if peer.parallel == "ddp":
-        recipe["ddp_find_unused_parameters"] = False
+        recipe |= {"ddp_find_unused_parameters": False, "ddp_bucket_cap_mb": options.bucket_cap_mb}
     if peer.parallel == "fsdp2":
         recipe |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
         if DEVICE == "cpu":
@@ -91,6 +93,7 @@ def through_trainer(peer: Peer, options) -> dict:
             model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids],
             callbacks=[clock, traced],
         )  # fmt: skip
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # for all peers, as for those with COAT
         reset_peak()
         loss = trainer.train().training_loss
     return figures(clock, traced.profiler, trainer.model, loss, options)
@@ -259,10 +262,10 @@ def start_peer(name: str, options) -> dict:
         if DEVICE == "cpu":
             group["GLOO_SOCKET_IFNAME"] = "lo"
         places = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return run_group(name, places, options.timeout) | {"total_s": time.perf_counter() - start}
+    return run_group(name, places, options.environment, options.timeout) | {"total_s": time.perf_counter() - start}
 
 
-def run_group(name: str, places: list[dict[str, str]], timeout: float) -> dict:
+def run_group(name: str, places: list[dict[str, str]], settings: dict[str, str], timeout: float) -> dict:
     """What the first of the processes wrote, one in each place; once one has failed the others are ended."""
     with tempfile.TemporaryDirectory() as folder:
         result, runs, logs = Path(folder, "result.json"), [], []
@@ -271,7 +274,8 @@ def run_group(name: str, places: list[dict[str, str]], timeout: float) -> dict:
             for rank, place in enumerate(places):
                 logs.append(Path(folder, f"log-{rank}"))
                 with logs[-1].open("w") as log:
-                    runs.append(subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | place))
+                    environment = os.environ | settings | place
+                    runs.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
             end = time.monotonic() + timeout
             while any(run.poll() is None for run in runs) and not any(run.poll() for run in runs):
                 if time.monotonic() > end:
@@ -311,6 +315,14 @@ def show(row: dict, bf16_gather: int | None) -> str:
     return f"{name} {', '.join(parts)}"
 
 
+def setting(text: str) -> tuple[str, str]:
+    """``NAME=VALUE``."""
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
@@ -322,9 +334,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="how many of them are not counted; 4 by default")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU too")
     parser.add_argument("--timeout", type=float, default=120, help="seconds that a peer may take")
+    parser.add_argument("--bucket-cap-mb", type=int, help="of DDP's buckets; torch's default is 25")
+    parser.add_argument(
+        "--environment", nargs="+", type=setting, default=[], metavar="NAME=VALUE", help="that all peers run in"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here, after each peer")
     parser.add_argument("--peer", choices=PEERS, help="run this peer in this process: what the others are for")
     options = parser.parse_args()
+    options.environment = dict(options.environment)
     if not options.tiny and torch.cuda.device_count() < options.gpus and not options.peer:
         parser.error(f"{options.gpus} GPUs are needed, {torch.cuda.device_count()} are here; --tiny runs on a CPU")
     sizes = {"batch": (4, 2), "length": (2048, 16), "layers": (32, 2), "steps": (12, 3), "warmup": (4, 2)}
@@ -340,9 +357,10 @@ def main() -> None:
     if options.peer:
         run_peer(options)
         return
-    about = {key: getattr(options, key) for key in ("gpus", "batch", "length", "layers", "steps", "warmup", "size")}
+    keys = ("gpus", "batch", "length", "layers", "steps", "warmup", "size", "bucket_cap_mb", "environment")
+    about = {key: getattr(options, key) for key in keys}
     command = shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])
-    result, rows = environment("accelerate", "torchao") | {"command": command} | about, {}
+    result, rows = about_here("accelerate", "torchao") | {"command": command} | about, {}
     for name in options.peers:
         rows[name] = row = {"peer": name} | start_peer(name, options)
         base = rows.get(PEERS[name].base, {})

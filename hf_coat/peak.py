@@ -14,7 +14,8 @@ Sharded over N GPUs (FSDP2, each decoder layer a unit, batches of its own) a GPU
 states, and beside them whole: the weights of the unit that runs, of the next one, which is fetched meanwhile, and the
 gradients of one unit, which are not divided before the unit's backward is done. The largest unit counts. FSDP2's mixed
 precision gathers FP32 weights as BF16: then no copies of them are among the activations, as autocast makes them.
-Of converted linears it gathers FP8 codes (:mod:`hf_coat.modules.gather`).
+Of converted linears it gathers FP8 codes (:mod:`hf_coat.modules.gather`). Gradients that are accumulated are reduced
+in the last backward: until a unit's turn comes there, a GPU holds its gradients whole.
 """
 
 import math
@@ -212,7 +213,7 @@ def estimate_step(
         if accumulate:
             for p in trainable:
                 p.grad = torch.zeros_like(p)
-                count(p)
+                watch.see(p.grad, "whole gradients")  # until they are complete
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with watch:
             watch.phase = "forward"
@@ -242,6 +243,8 @@ def estimate_step(
         for n in gpus:
             at_peak, phase = watch.peak(n)
             at_peak = {"working set": 0} | at_peak | beside
+            if n == 1 and accumulate:
+                at_peak["gradients"] = at_peak.get("gradients", 0) + at_peak.pop("whole gradients", 0)
             if n > 1:
                 at_peak["whole units"] = _whole_units(model, units, gather)
             found[n] = StepEstimate(

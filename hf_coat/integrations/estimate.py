@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ..config import CoatOptimizerConfig, HfCoatConfig, OptimizerName
 from ..convert import apply_coat
-from ..modules import unfuse_loss
 from ..optim import OPTIMIZERS, muon_groups
 from ..pays import hidden_size, measured
 from ..pays import speedup as measured_speedup
@@ -71,7 +70,7 @@ def estimates(training: Training, gpus: Iterable[int]) -> dict[int, StepEstimate
     Raises:
         OSError: Where there is no such config; transformers' own message.
         RuntimeError, ValueError: As :func:`hf_coat.peak.estimate_step`; or for a kind of images that is not known, or
-            gradients that are both accumulated and released, or accumulated on several GPUs.
+            gradients that are both accumulated and released.
     """
     coat = None if training.coat is None else HfCoatConfig.resolve(training.coat)
     release = coat is not None and coat.optimizer is not None and coat.optimizer.gradient_release
@@ -79,22 +78,15 @@ def estimates(training: Training, gpus: Iterable[int]) -> dict[int, StepEstimate
         check_release(coat, 1 + training.accumulate)
     found = {}
     gpus = sorted(gpus)
-    if training.accumulate and gpus[-1] > 1:
-        raise ValueError(
-            f"gradient accumulation is not estimated for {gpus[-1]} GPUs, each of which then holds the gradients of "
-            "the whole model until they are reduced: leave it out, with the batch of a microbatch, and add those"
-        )
     # FSDP2 gathers FP32 weights as BF16; one GPU has them as they are, under autocast. Released gradients: as one GPU.
     sharded = [count for count in gpus if count > 1]
     for counts, gather in (([1] * (1 in gpus), None), (sharded, None if release else torch.bfloat16)):
         if not counts:
             continue
         model, make_optimizer = ghost(training)
-        if counts is sharded:
-            unfuse_loss(model)  # accelerate makes the head a unit of FSDP2's own, and then it makes its logits
-            if training.dtype is None:
-                for p in model.parameters():
-                    p.data = p.data.float() if p.requires_grad else p.data
+        if counts is sharded and training.dtype is None:
+            for p in model.parameters():
+                p.data = p.data.float() if p.requires_grad else p.data
         found |= estimate_step(
             model,
             batch_of(model, training),

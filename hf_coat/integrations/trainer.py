@@ -147,19 +147,25 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
     return OPTIMIZERS[name], settings
 
 
-def _resume_from_whole(trainer_class: type) -> None:
-    """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end."""
+def _prepare_training(trainer_class: type) -> None:
+    """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end.
+
+    Under DDP gradients are views of its buckets. Otherwise they would be beside them, as large again, and copied into
+    them and back in each step. Trainer has no argument for it.
+    """
     own = trainer_class.train
-    if getattr(own, "checks_checkpoints", False):
+    if getattr(own, "prepared_by_coat", False):
         return
 
     @functools.wraps(own)
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
             resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
+            if self.accelerator.ddp_handler is not None:
+                self.accelerator.ddp_handler.gradient_as_bucket_view = True
         return own(self, resume_from_checkpoint, *args, **kwargs)
 
-    train.checks_checkpoints = True
+    train.prepared_by_coat = True
     trainer_class.train = train
 
 
@@ -167,4 +173,4 @@ trainer_optimizer._OPTIMIZER_HANDLERS[COAT_ADAMW] = _make_coat_adamw
 if not any(callback.__name__ == FollowsArguments.__name__ for callback in hf_trainer.DEFAULT_CALLBACKS):
     hf_trainer.DEFAULT_CALLBACKS.append(FollowsArguments)
 keep_section(hf_trainer.Trainer)
-_resume_from_whole(hf_trainer.Trainer)
+_prepare_training(hf_trainer.Trainer)

@@ -139,16 +139,17 @@ def _processes(param) -> str:
     return param.mesh_info.shard_process_group.group_name
 
 
+def groups_of(state) -> list:
+    """FSDP2's groups of parameters that are gathered together, of one unit."""
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before, there is one
+    found = [state._fsdp_param_group] if several is None else several
+    return [group for group in found if group is not None]
+
+
 def _groups(model: nn.Module) -> list:
-    """FSDP2's groups of parameters that are gathered together."""
-    groups = {}
-    for module in model.modules():
-        if hasattr(module, "_get_fsdp_state"):
-            state = module._get_fsdp_state()
-            several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; before, there is one
-            found = [state._fsdp_param_group] if several is None else several
-            groups |= {id(group): group for group in found if group is not None}
-    return list(groups.values())
+    """Those of all units in a model."""
+    units = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    return list({id(group): group for unit in units for group in groups_of(unit)}.values())
 
 
 def _why_not(group, param) -> str | None:

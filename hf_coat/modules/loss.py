@@ -7,6 +7,10 @@ not ask: it gives hidden states, weight and labels to a library that computes lo
 positions without a label are dropped before, so nothing is multiplied for them. Whatever else is done with the logits,
 a scale, a cap or a mask before the loss, another loss, a metric, gives what it always gave.
 
+Under FSDP2 the head may belong to a unit of its own, whose weight is gathered when the head is called. Where it stays
+gathered after the forward (accelerate has it so for final norm and head, with which the backward begins) the loss
+finds it, and announces the backward to the unit as the logits would have. Where not, the logits are computed.
+
 The libraries, in this order:
 
 - on CUDA Liger's kernel (``pip install liger-kernel``). It returns the loss in FP32 and sums the weight's gradient
@@ -17,6 +21,7 @@ The libraries, in this order:
   given FP32.
 """
 
+import copy
 import functools
 import importlib
 import inspect
@@ -31,6 +36,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .gather import groups_of
 
 aten = torch.ops.aten
 
@@ -52,12 +59,21 @@ class _Product:
 
     Args:
         hidden, weight, bias: ``[..., H]``, ``[V, H]``, ``[V]`` or None; BF16 or FP32.
+        unit: FSDP2's state of the unit that the head belongs to, if it is one's module.
+
+    Attributes:
         dtypes: What the product is cast to, one after the other.
+        value: The product, once it was asked for.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtypes: tuple = ()):
-        self.operands, self.dtypes = (hidden, weight, bias), dtypes
-        self.versions = [t if t is None else t._version for t in self.operands]
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, unit=None):
+        self.operands, self.unit = (hidden, weight, bias), unit
+        self.dtypes: tuple[torch.dtype, ...] = ()
+        # A gathered weight is filled again without a trace: what was changed is the piece of it, or what is in that.
+        params = [] if unit is None else [p.sharded_param for group in groups_of(unit) for p in group.fsdp_params]
+        pieces = [t for p in params for t in (p, p.to_local())]
+        self.watched = [t for t in (*self.operands, *pieces) if t is not None]
+        self.versions = [t._version for t in self.watched]
         self.value: torch.Tensor | None = None
 
     @property
@@ -65,18 +81,23 @@ class _Product:
         return (self.operands[0].dtype, *self.dtypes)[-1]
 
     def to(self, *dtypes: torch.dtype) -> "_Product":
-        other = _Product(*self.operands, dtypes=(*self.dtypes, *dtypes))
-        other.versions = self.versions
+        other = copy.copy(self)
+        other.dtypes = (*self.dtypes, *dtypes)
         return other
+
+    def can_be_computed(self) -> bool:
+        """Whether the operands are what they were, and the weight is there: FSDP2 empties its storage."""
+        return self.versions == [t._version for t in self.watched] and self.operands[1].untyped_storage().size() > 0
 
     def compute(self) -> torch.Tensor:
         """The values, the first time by the product; they have no graph, that is the :class:`DeferredLogits`'."""
         if self.value is None:
-            if self.versions != [t if t is None else t._version for t in self.operands]:
+            if not self.can_be_computed():
                 raise RuntimeError(
                     "the logits of a training step were asked for after the head's weight or its input had changed, "
-                    "so they cannot be computed any more: read outputs.logits before optimizer.step(), or compute "
-                    "them in evaluation mode"
+                    "or after FSDP2 had taken the gathered weight away, so they cannot be computed any more: read "
+                    "outputs.logits before optimizer.step(), under FSDP2 before loss.backward(), or compute them in "
+                    "evaluation mode"
                 )
             with torch.no_grad(), _without_autocast(self.operands[0].device):
                 self.value = F.linear(*self.operands)
@@ -159,9 +180,9 @@ class _Defer(torch.autograd.Function):
     """``nn.Linear`` in the graph, with its values deferred."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias):
+    def forward(ctx, hidden, weight, bias, unit):
         ctx.save_for_backward(hidden, weight)
-        return DeferredLogits(_Product(hidden, weight, bias))
+        return DeferredLogits(_Product(hidden, weight, bias, unit))
 
     @staticmethod
     def backward(ctx, dlogits):
@@ -172,6 +193,7 @@ class _Defer(torch.autograd.Function):
                 dlogits @ weight if needs[0] else None,
                 rows.t() @ hidden.flatten(0, -2) if needs[1] else None,
                 rows.sum(0) if needs[2] else None,
+                None,
             )
 
 
@@ -243,7 +265,11 @@ class CoatHead(nn.Linear):
         dtypes = {t.dtype for t in operands if t is not None}
         if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
             return super().forward(hidden)
-        return _Defer.apply(*operands)
+        return _Defer.apply(*operands, self._unit())
+
+    def _unit(self):
+        """FSDP2's state of the unit that has this head as its module, or as one of several; None without FSDP2."""
+        return self._get_fsdp_state() if hasattr(self, "_get_fsdp_state") else None
 
     def _defers(self, hidden: torch.Tensor) -> bool:
         return (
@@ -251,7 +277,7 @@ class CoatHead(nn.Linear):
             and self.coat_labels.take()
             and self.training
             and torch.is_grad_enabled()
-            and type(self) is CoatHead  # FSDP2 changes the class of a head of its own, whose weight is gone afterwards
+            and not self._gives_weight_back()
             and not is_traceable_wrapper_subclass(self.weight)  # a DTensor's product is one too
             and isinstance(hidden, torch.Tensor)
             and hidden.dim() > 1
@@ -259,6 +285,11 @@ class CoatHead(nn.Linear):
             and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
             and self._has_library(hidden)
         )
+
+    def _gives_weight_back(self) -> bool:
+        """Whether FSDP2 takes the gathered weight away after this forward: the loss would not find it."""
+        unit = self._unit()
+        return unit is not None and any(group._reshard_after_forward for group in groups_of(unit))
 
     def _has_library(self, hidden: torch.Tensor) -> bool:
         """A prediction, whose tensors are fake, asks for the device that the training will be on."""
@@ -304,6 +335,8 @@ class CoatLoss:
         kept = _kept(target, ignore_index, count)
         hidden, target = hidden.flatten(0, -2).index_select(0, kept), target.index_select(0, kept)
         loss = _FusedLoss.apply(hidden, weight, bias, target)
+        for announce in _announcements(logits):
+            loss.register_hook(announce)
         if num_items_in_batch is None:
             return loss if kept.numel() else loss * torch.nan  # as the mean over nothing
         if torch.is_tensor(num_items_in_batch):
@@ -325,8 +358,10 @@ def _can_fuse(logits, labels, vocab_size, shift_labels) -> bool:
     """Whether these are untouched logits of a head, with labels that transformers would take."""
     if not isinstance(logits, DeferredLogits) or logits.product.value is not None:
         return False
-    if not (torch.is_grad_enabled() and logits.requires_grad) or logits.retains_grad or logits._backward_hooks:
+    if not (torch.is_grad_enabled() and logits.requires_grad) or logits.retains_grad:
         return False  # detached, or somebody wants their gradient
+    if any(hook not in _announcements(logits) for hook in (logits._backward_hooks or {}).values()):
+        return False
     target = labels if shift_labels is None else shift_labels
     return (
         isinstance(target, torch.Tensor)
@@ -336,6 +371,12 @@ def _can_fuse(logits, labels, vocab_size, shift_labels) -> bool:
         and vocab_size == logits.shape[-1]
         and all(dtype == torch.float32 for dtype in logits.product.dtypes)
     )
+
+
+def _announcements(logits: DeferredLogits) -> list[Callable]:
+    """The hooks by which FSDP2 learns that the backward comes to the head's unit; they leave gradients as they are."""
+    unit = logits.product.unit
+    return [] if unit is None else [unit._pre_backward]
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -523,7 +564,9 @@ def unfuse_loss(model: nn.Module) -> dict[str, str]:
         if isinstance(module, CoatHead):
             module.coat_hook.remove()
             del module.coat_hook, module.coat_labels
-            module.__class__ = nn.Linear
+            cls = type(module)  # of a unit of FSDP2's: one of its own, derived from this one
+            plain = nn.Linear if cls is CoatHead else type("FSDPLinear", (cls.__bases__[0], nn.Linear), {})
+            module.__class__ = plain
             outcome[name] = "nn.Linear"
     return outcome
 

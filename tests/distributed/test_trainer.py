@@ -99,6 +99,8 @@ def test_losses_are_those_of_one_process(result, model, kind):
     near(two[0]["losses"], alone["losses"], bf16=model == "bf16")
     assert two[0]["norms"][0] == pytest.approx(alone["norms"][0], rel=2**-8)  # gradients are BF16 in some of them
     assert two[0]["sharded"] == (kind == "whole"), "which parameters are DTensors"
+    assert two[0]["bucket_views"] is (True if kind == "ddp" else None), "no second copy of the gradients"
+    assert two[0]["fused"] and all(two[0]["fused"]), "logits were computed"
     assert two[0]["states"] == alone["states"] > 0
     if kind == "whole":  # each process has half of the states, but for rows that two cannot share evenly
         assert sum(r["local_bytes"] for r in two) == pytest.approx(alone["local_bytes"], rel=0.01)
@@ -119,6 +121,12 @@ def test_one_process_tells_and_writes(result, folder):
         assert sum("the optimizer's states took" in line for line in first) == 1, first
     record = json.loads((folder / "full-sharded-2" / "coat_run.json").read_text())
     assert record["hardware"]["processes"] == 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "whole"])
+def test_gradients_are_whole_between_microbatches(result, kind):
+    """Under FSDP2 too: what the estimate says of accumulation."""
+    assert set(result(f"accumulated_{kind}")["between"]) == {1.0}
 
 
 @pytest.mark.parametrize("kind", ["sharded", "whole"])

@@ -12,7 +12,7 @@ import torch
 
 WORKER = Path(__file__).with_name("two_processes.py")
 SECONDS = 300  # all of it takes about 60 where nothing else runs
-IN_ONE = ["adamw", "stochastic", "coat", "coat_lora", "coat_ddp", "released", "muon", "resumed"]
+IN_ONE = ["adamw", "stochastic", "coat", "coat_lora", "coat_ddp", "heads", "released", "muon", "resumed"]
 IN_TWO = [*IN_ONE, "full", "refused", "gathered", "gathered_saved", "gathered_undone", "killed"]
 KILLED = 17
 
@@ -142,6 +142,30 @@ def test_a_converted_model(results, scenario):
     assert alone["params"].keys() == first["params"].keys()
     for name, value in alone["params"].items():
         assert (value - first["params"][name]).abs().max() <= 1e-2 / 16, name
+
+
+def test_the_fused_loss_under_fsdp2(results):
+    """The head in a unit of its own, as accelerate has it, tied or frozen or computing in BF16: the losses and weights
+    of one process, the unit told of the backward, the logits never computed; but where the weight is given back."""
+    alone, first = results("heads")
+    second = results("heads", rank=1)[1]
+    for name, run in first.items():
+        deferred = name != "given back"
+        assert run["losses"] == second[name]["losses"] and len(set(run["losses"])) == 6, name
+        assert run["never"] is deferred, name
+        assert ("FSDP2 had taken" in run["after backward"]) is deferred, name
+        if name != "root":  # where the head is no unit's module
+            assert run["told"] == [() if deferred else (2, 16, 64)], "by the gradient of the loss, not of the logits"
+            assert ("FSDP2 had taken" in run["after step"]) is deferred, name
+        assert run["evaluated"][0] == "Tensor"
+        if name == "bf16":
+            assert run["losses"][:2] == pytest.approx(alone["tail"]["losses"][:2], rel=1e-3)
+            continue
+        assert alone[name]["never"] and run["losses"] == pytest.approx(alone[name]["losses"], abs=1e-5), name
+        assert run["evaluated"][1] == pytest.approx(alone[name]["evaluated"][1], abs=1e-5), name
+        assert (run["values"] - alone[name]["values"]).abs().max() < 1e-5, name
+        for parameter, value in alone[name]["params"].items():
+            assert (value - run["params"][parameter]).abs().max() <= CLOSE, (name, parameter)
 
 
 CLOSE = 1e-2 / 16  # lr, and the least that a code of m differs by: as where gradients are added up in another order

@@ -19,11 +19,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Trainer, TrainerCallback
 from transformers import trainer as hf_trainer
 
 import hf_coat
 from hf_coat.integrations.checks import SHARDS_BYTES
+from hf_coat.modules import loss
+from hf_coat.modules.gather import _groups
 
 _spec = importlib.util.spec_from_file_location("tools", Path(__file__).parents[1] / "integrations" / "conftest.py")
 tools = importlib.util.module_from_spec(_spec)
@@ -127,13 +129,29 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
+class Between(TrainerCallback):
+    """The values of gradients that a process holds between microbatches, for each value of a parameter."""
+
+    def __init__(self):
+        self.held = []
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        whole = [p._unsharded_param for group in _groups(model) for p in group.fsdp_params]
+        held = sum(p.grad.numel() for p in whole or model.parameters() if p.grad is not None)
+        self.held.append(held / sum(p.numel() for p in model.parameters()))
+
+
 def run(model, data, args, **train):
     """A training, and what it left in this process."""
     logger, said = logging.getLogger("transformers.coat"), Said()
     logger.addHandler(said)
-    trainer = Trainer(model, args, train_dataset=data)
+    can_fuse, fused = loss._can_fuse, []
+    loss._can_fuse = lambda *arguments: fused.append(can_fuse(*arguments)) or fused[-1]
+    between = Between()
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[between])
     trainer.train(**train)
     trainer.save_model()
+    loss._can_fuse = can_fuse
     logger.removeHandler(said)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     kinds = [type(p).__name__ for p in trainer.model.parameters()]
@@ -141,6 +159,9 @@ def run(model, data, args, **train):
         "losses": [entry["loss"] for entry in logged],
         "norms": [entry["grad_norm"] for entry in logged],
         "said": said.lines,
+        "bucket_views": getattr(trainer.model_wrapped, "gradient_as_bucket_view", None),
+        "fused": fused,
+        "between": between.held,
         "sharded": kinds.count("DTensor") / len(kinds),
         "states": len(trainer.optimizer.optimizer.state),
         "local_bytes": sum(

@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_coat import CoatConfig, apply_coat, remove_coat
 from hf_coat.functional import GatheredWeight
 from hf_coat.integrations.checks import SHARDS_BYTES
+from hf_coat.modules.loss import DeferredLogits
 from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
 
 WIDTH = 300
@@ -397,6 +398,77 @@ def gathered_undone(folder, rank, sharded):
     return read | {"weight": weight, "loss": loss, "plain": plain(**tokens(0)).loss.item()}
 
 
+# What is sharded as a unit with the head, for how long it stays gathered, and what differs in the model.
+HEADS = {
+    "tail": (("model.norm", "lm_head"), False, {}),  # as accelerate has it
+    "tied": (("model.norm", "model.embed_tokens", "lm_head"), False, {"tie_word_embeddings": True}),
+    "alone": (("lm_head",), False, {}),
+    "bf16": (("model.norm", "lm_head"), False, {"mp_policy": BF16_COMPUTE}),
+    "frozen": (("model.norm", "lm_head"), False, {"frozen": True}),
+    "root": ((), False, {}),
+    "given back": (("lm_head",), True, {}),
+}
+
+
+def heads(folder, rank, sharded):
+    """Each of HEADS: the losses, which are computed with the head, and what becomes of the logits."""
+    results = {}
+    for name, (unit, given_back, changes) in HEADS.items():
+        changes = dict(changes)
+        policy, frozen = changes.pop("mp_policy", None), changes.pop("frozen", False)
+        model = llama(**changes)
+        model.lm_head.requires_grad_(not frozen)
+        if sharded:
+            options = {} if policy is None else {"mp_policy": policy}
+            for layer in model.model.layers:
+                fully_shard(layer, **options)
+            if unit:
+                together = [model.get_submodule(part) for part in unit]
+                fully_shard(together if len(unit) > 1 else together[0], reshard_after_forward=given_back, **options)
+            fully_shard(model, **options)
+        elif policy is not None:
+            continue
+        optimizer = CoatAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = train_llama(model, optimizer, 0, model.set_requires_gradient_sync if sharded else lambda last: None)
+        params, _ = whole(model, optimizer)
+        results[name] = {"losses": losses, "params": params} | after(model, optimizer)
+    return results
+
+
+def after(model, optimizer):
+    """Of three steps and an evaluation: what became of the logits, and who can read them when."""
+    told = []
+    if hasattr(model.lm_head, "_get_fsdp_state"):
+        unit = model.lm_head._get_fsdp_state()
+        before = unit._pre_backward
+        unit._pre_backward = lambda gradient: told.append(tuple(gradient.shape)) or before(gradient)
+    output = model(**tokens(0))
+    output.loss.backward()
+    never = isinstance(output.logits, DeferredLogits) and output.logits.product.value is None
+    found = {"never": never, "told": [*told]}
+    read = model(**tokens(0))
+    found["values"] = read.logits.detach() + 0
+    read.loss.backward()
+    found["after backward"] = refusal(output)
+    optimizer.step()
+    optimizer.zero_grad()
+    again = model(**tokens(1))  # the weight is gathered again, as it is now
+    found["after step"] = refusal(output)
+    again.loss.backward()
+    model.eval()
+    evaluated = model(**tokens(2))
+    return found | {"evaluated": (type(evaluated.logits).__name__, evaluated.loss.item())}
+
+
+def refusal(output):
+    """What is said where its logits are summed up; "" where they can be."""
+    try:
+        output.logits.detach().sum()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def coat_lora(folder, rank, sharded):
     """The same with adapters on a converted base that is frozen."""
     return coat(folder, rank, sharded, adapters=True)
@@ -433,7 +505,7 @@ def killed(folder, rank, sharded):
         os._exit(0)  # there is nobody left to meet at the barrier
 
 
-SCENARIOS = [adamw, stochastic, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, killed]
+SCENARIOS = [adamw, stochastic, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, heads, killed]
 SCENARIOS = {f.__name__: f for f in (*SCENARIOS, gathered, gathered_saved, gathered_undone)}
 
 
