@@ -7,7 +7,7 @@ a second one what changes with the step.
 
 With BF16 parameters and gradients ten bytes move per value (the gradient in; the parameter and two codes in and out).
 At the speed of an H200's memory that leaves time for some 75 instructions per value, nine of them of the slow kind
-(log2, exp2, roots, quotients). ``lean`` needs 58 and three slow ones. Expansion needs a log2 and an exp2 to decode
+(log2, exp2, roots, quotients). ``lean`` needs 55 and three slow ones. Expansion needs a log2 and an exp2 to decode
 each moment and a log2 to encode it, and the step two more: eight of the slow kind, with what a group needs. The exp2
 of the encoding is none: only the code counts, and that comes from a table in the registers of a warp; 50 to 53 in all.
 """
@@ -182,7 +182,13 @@ def code_exp2(x, factor, summand, table):
 @triton.jit
 def _with_sign(x, y):
     """``x >= 0`` with the sign of ``y``."""
-    return (x.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & SIGN)).to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True) | (y.to(tl.uint32, bitcast=True) & SIGN)
+        return bits.to(tl.float32, bitcast=True)
+    else:  # which the compiler would at times make a comparison, a negation and a choice of
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;", "=r,r,r", [x, y], tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -193,8 +199,8 @@ def _unsigned(codes):
 
 @triton.jit
 def _signed(codes):
-    """Float32 values of the int8 numbers whose bits are uint8 codes."""
-    return ((codes.to(tl.uint32) ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    """Float32 values, 2**24 times too large, of the int8 numbers whose bits are uint8 codes."""
+    return (codes.to(tl.uint32) << 24).to(tl.int32, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -339,7 +345,7 @@ def decode_roots(codes, scale):
 @triton.jit
 def decode_ratios(codes, scale):
     """``scale * q / 127``: first moments [GROUPS, LANES] over the decoded roots of the second ones; scale [GROUPS]."""
-    return _signed(codes) * (scale * (1.0 / 127.0))[:, None]
+    return _signed(codes) * (scale * (2.0**-24 / 127.0))[:, None]
 
 
 @triton.jit
@@ -360,7 +366,7 @@ def encode_ratios(ratios, amax_bits):
 @triton.jit
 def decode_companded(codes, scale):
     """``scale * q |q| / 127**2`` of codes [GROUPS, LANES]; scale [GROUPS]."""
-    q = _signed(codes)
+    q = _signed(codes) * 2.0**-24
     return q * tl.abs(q) * (scale * (1.0 / 16129.0))[:, None]
 
 
