@@ -8,6 +8,7 @@ import pytest
 import torch
 from coat_kernels import Granularity
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_coat import apply_coat, remove_coat
 from hf_coat.config import PRESETS, CoatConfig
@@ -110,6 +111,28 @@ def test_linears_that_run_as_one(device):
     dy = rounded(torch.cat(dys, dim=1))
     weight = one_scale(torch.cat([layer.dequantize() for layer in layers]).float())
     close(grad, dy @ weight, torch.bfloat16)
+
+
+def test_codes_of_linears_that_run_as_one_are_not_copied_together(device):
+    layers = [frozen(32, n, device=device) for n in (48, 16)]
+    x = torch.randn(5, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            copied.extend(t.dtype for t in args[0]) if function is torch.ops.aten.cat.default else None
+            return function(*args, **(kwargs or {}))
+
+    weights = [layer.operand for layer in layers]
+    for run in (
+        lambda: coat_linear(x, weights),
+        lambda: coat_lora(x, weights, None, adapters_of(layers, (4, 4), (1, 1))),
+    ):
+        with Watch():
+            torch.autograd.backward(
+                run(), [torch.ones(5, layer.out_features, device=device).bfloat16() for layer in layers]
+            )
+    assert set(copied) == {torch.float32}, "scales, four bytes a row"
 
 
 def test_casts_of_the_model_leave_codes_and_scales_alone():
