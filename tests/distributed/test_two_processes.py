@@ -158,6 +158,8 @@ def test_the_fused_loss_under_fsdp2(results):
             assert run["told"] == [() if deferred else (2, 16, 64)], "by the gradient of the loss, not of the logits"
             assert ("FSDP2 had taken" in run["after step"]) is deferred, name
         assert run["evaluated"][0] == "Tensor"
+        assert run["undone"] == ["Tensor", "Linear" if name == "root" else "FSDPLinear"], name
+        assert run["still sharded"] == (name != "root")
         if name == "bf16":
             assert run["losses"][:2] == pytest.approx(alone["tail"]["losses"][:2], rel=1e-3)
             continue

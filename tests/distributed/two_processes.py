@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -457,7 +457,14 @@ def after(model, optimizer):
     again.loss.backward()
     model.eval()
     evaluated = model(**tokens(2))
-    return found | {"evaluated": (type(evaluated.logits).__name__, evaluated.loss.item())}
+    found["evaluated"] = (type(evaluated.logits).__name__, evaluated.loss.item())
+    optimizer.zero_grad()
+    remove_coat(model)
+    model.train()
+    head, undone = type(model.lm_head), model(**tokens(2))
+    undone.loss.backward()
+    names = ["Tensor" if not isinstance(undone.logits, DeferredLogits) else "DeferredLogits", head.__name__]
+    return found | {"undone": names, "still sharded": issubclass(head, FSDPModule)}
 
 
 def refusal(output):
