@@ -19,15 +19,10 @@ from .tiles_triton import (
     scale_from_bits,
     scale_groups,
     to_float,
-    to_float32,
     to_fp8,
     to_fp8_bits,
-    to_fp8_words,
     unpack_scale,
 )
-
-TRANSPOSED_TILE = 128, 64, 4  # rows, columns and warps where nothing but transposed codes is written
-WORDS = True  # whether such codes have a kernel of their own
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,32 +79,6 @@ def _quantize_tiles_kernel(
         tl.store(q_ptr + address, bits, mask=(t[:, None] < tokens) & (h[None, :] < width))
     if TRANSPOSED:
         _store_transposed(bits, qt_ptr, t, h, width, columns, stride_qt)
-
-
-@triton.jit(do_not_specialize=["tokens", "lines"])
-def _quantize_transposed_kernel(
-    x_ptr, s_ptr, qt_ptr, tokens, width, stride, lines,
-    TOKEN: tl.constexpr, EMAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """One tile [BLOCK_T, BLOCK_H] of codes at the scales [T] (TOKEN) or the scale at s_ptr, written transposed only.
-
-    A row of the result has ``lines`` of 16 tokens, zeros behind the last one.
-    """
-    word = tl.program_id(0).to(tl.int64) * (BLOCK_T // 4) + tl.arange(0, BLOCK_T // 4)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    parts = ()
-    for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
-        t = 4 * word + i
-        inside = (t[:, None] < tokens) & (h[None, :] < width)
-        x = to_float32(tl.load(x_ptr + t[:, None] * stride + h[None, :], mask=inside, other=0.0))
-        if TOKEN:
-            x *= tl.div_rn(1.0, tl.load(s_ptr + t, mask=t < tokens, other=1.0))[:, None]
-        else:
-            x *= tl.div_rn(1.0, tl.load(s_ptr))
-        parts = parts + (x,)
-    words = to_fp8_words(parts[0], parts[1], parts[2], parts[3], EMAX)
-    address = h[:, None].to(tl.int64) * (lines * 4) + word[None, :]
-    tl.store(qt_ptr + address, tl.trans(words), mask=(h[:, None] < width) & (word[None, :] < lines * 4))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -342,14 +311,6 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
                     part, amax, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
                 )
             _scale_kernel[(1,)](amax, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
-        if WORDS and at_once and not keep and granularity != "group" and len(x) == 1:
-            block_t, block_h, warps = TRANSPOSED_TILE
-            padded = x_qt.shape[-1]
-            _quantize_transposed_kernel[(ceil_div(padded, block_t), ceil_div(width, block_h))](
-                x[0], x_s, x_qt.view(torch.int32), tokens, width, x[0].stride(0), padded // 16,
-                TOKEN=granularity == "token", EMAX=emax, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
-            )  # fmt: skip
-            return nothing(dtype, device, 1), x_qt, new_s
         block_t, block_h, warps = _tile(width, group_size, keep, at_once)
         for part, q, qt, s, columns in pieces:
             rows = max(part.shape[0], columns)
