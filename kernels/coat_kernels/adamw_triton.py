@@ -21,7 +21,6 @@ from .states_triton import (
     bends,
     chances,
     decode_e4m3,
-    decode_logs,
     decode_ratios,
     decode_roots,
     encode_e4m3,
@@ -32,9 +31,7 @@ from .states_triton import (
     fast_sqrt,
     find_parameter,
     load,
-    load_logs,
     locate,
-    mantissas,
     read_weights,
     round_weights,
     store,
@@ -44,15 +41,16 @@ from .states_triton import (
 @triton.jit(do_not_specialize=["parameters"])
 def _adamw_kernel(
     table, scalars, parameters, skipped,  # int64 [parameters, WIDTH]; float32 [parameters, SCALARS]; int64 [1]
-    kept1, unit1, kept2, unit2, unit_root, eps, weight_decay,  # unit = 1 - beta; kept = beta / unit; root of unit2
+    kept1, unit1, kept2, unit2, unit_root, eps, weight_decay,  # unit = 1 - beta, its root; kept = beta / unit, or beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, HALVES: tl.constexpr, TABLED: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """One program: the AdamW step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters.
 
-    Inside m is in units of 1 - beta1, v in units of 1 - beta2, and so are scales until they are stored: that saves
-    three products for each value.
+    Inside v is in units of 1 - beta2, and so are scales until they are stored: that saves two products for each value.
+    In the format "lean" m is in units of 1 - beta1 too; an expansion also counts what is left where m cancels, which
+    the other unit would leave elsewhere.
 
     RAGGED: some groups have fewer than LANES values. ALIGNMENT divides the addresses of values and codes, and where
     RAGGED also the length of a row. HALVES: see :func:`both`.
@@ -79,7 +77,7 @@ def _adamw_kernel(
     scalar = scalars + place * SCALARS
     lr = tl.load(scalar)
     # step_size * m / (root * inverse_correction + eps) is m, in its unit, over slope times the root plus an offset.
-    inverse_step = 1.0 / (lr * tl.load(scalar + 1) * unit1)
+    inverse_step = 1.0 / (lr * tl.load(scalar + 1) * (unit1 if FORMAT == LEAN else 1.0))
     moves = lr != 0.0
     slope = tl.where(moves, tl.load(scalar + 2) * unit_root * inverse_step, 0.0)
     least = tl.where(moves, eps * inverse_step, float("inf"))
@@ -90,7 +88,6 @@ def _adamw_kernel(
 
     broken = tl.zeros((GROUPS,), tl.int32)
     table = bends() if FORMAT == PAPER else 0
-    known = mantissas() if FORMAT == PAPER and TABLED > 0 else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     group = first + tl.arange(0, GROUPS)
     m_expansion = tl.full((GROUPS,), 16, tl.uint8)
@@ -113,15 +110,9 @@ def _adamw_kernel(
         param = load(param_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
         residual = load(residual_ptr, offset, mask, second, 0, tl.int32, HALVES) if MODE == MASTER else 0
         g = load(grad_ptr, offset, mask, second, 0.0, tl.float32, HALVES)
-        if FORMAT == PAPER and TABLED > 1:
-            m_codes, m_signs = load_logs(m_ptr, offset, mask, second, known, HALVES)
-        else:
-            m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
+        m_codes = load(m_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         m_scale = tl.load(m_scale_ptr + group, inside, other=0.0)
-        if FORMAT == PAPER and TABLED > 0:
-            v_codes, v_signs = load_logs(v_ptr, offset, mask, second, known, HALVES)
-        else:
-            v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
+        v_codes = load(v_ptr, offset, mask, second, NOTHING, WIDE, HALVES)
         v_scale = tl.load(v_scale_ptr + group, inside, other=0.0)
 
         if FORMAT == LEAN:
@@ -134,14 +125,8 @@ def _adamw_kernel(
             m_amax = tl.max(ratio.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, axis=1)
             v_amax = tl.max(v.to(tl.uint32, bitcast=True), axis=1)  # a NaN may have a sign, and be larger still
         else:
-            if FORMAT == PAPER and TABLED > 1:
-                m = decode_logs(m_codes, m_signs, kept1 * m_scale, m_expansion, False) + g
-            else:
-                m = decode_e4m3(m_codes, kept1 * m_scale, m_expansion, FORMAT == PAPER, False) + g
-            if FORMAT == PAPER and TABLED > 0:
-                v = decode_logs(v_codes, v_signs, kept2 * v_scale, v_expansion, True) + g * g
-            else:
-                v = decode_e4m3(v_codes, kept2 * v_scale, v_expansion, FORMAT == PAPER, True) + g * g
+            m = decode_e4m3(m_codes, kept1 * m_scale, m_expansion, FORMAT == PAPER, False) + unit1 * g
+            v = decode_e4m3(v_codes, kept2 * v_scale, v_expansion, FORMAT == PAPER, True) + g * g
             # As uint32 magnitudes are ordered, with inf and NaN on top. (A NaN may have a sign, also in v.)
             m_bits = m.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
             v_bits = v.to(tl.uint32, bitcast=True)
@@ -173,7 +158,7 @@ def _adamw_kernel(
         else:
             m_codes, m_scale, m_new = encode_e4m3(m, m_bits, m_amax, table, FORMAT == PAPER, False)
             store(m_ptr, offset, m_codes, mask, second, HALVES)
-            tl.store(m_scale_ptr + group, m_scale * unit1, inside)
+            tl.store(m_scale_ptr + group, m_scale, inside)
             v_codes, v_scale, v_new = encode_e4m3(v, v_bits, v_amax, table, FORMAT == PAPER, True)
             store(v_ptr, offset, v_codes, mask, second, HALVES)
             tl.store(v_scale_ptr + group, v_scale * unit2, inside)
@@ -192,8 +177,9 @@ def adamw_step(
 ):  # fmt: skip
     moments = (exp_avgs, exp_avg_scales, exp_avg_expansions), (exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions)
     unit1, unit2 = 1 - beta1, 1 - beta2
+    kept1 = beta1 / unit1 if StateFormat(format) is StateFormat.LEAN else beta1
     shared.launch(
         _adamw_kernel, params, grads, moments, residuals, steps, skipped, lr, (beta1, beta2),
-        (beta1 / unit1, unit1, beta2 / unit2, unit2, unit2**0.5, eps, weight_decay), group_size, StateFormat(format),
+        (kept1, unit1, beta2 / unit2, unit2, unit2**0.5, eps, weight_decay), group_size, StateFormat(format),
         Weights(weights), seed, numbers, firsts,
     )  # fmt: skip

@@ -39,7 +39,7 @@ def _lion_kernel(
     beta1, rest1, beta2, rest2, weight_decay,  # rest = 1 - beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
-    STAGES: tl.constexpr, HALVES: tl.constexpr, TABLED: tl.constexpr,
+    STAGES: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """One program: the Lion step of up to TILES * GROUPS groups of a parameter. Grid: programs of all parameters."""
     CODES: tl.constexpr = tl.uint8 if FORMAT == LEAN else tl.float8e4nv

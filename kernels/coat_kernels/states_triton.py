@@ -50,13 +50,12 @@ class Cut(NamedTuple):
     stages: int
     halves: bool
     registers: int | None = None
-    tabled: int = 0  # moments whose codes' logarithms come from a table: 0, 1 (the second), 2
 
 
 # The fastest on an H200: expansion, which does most for each group, gains by halves; the others wait for memory alone.
 CUTS = {
     StateFormat.LEAN: Cut(256, 1, False),
-    StateFormat.PAPER: Cut(512, 2, True),
+    StateFormat.PAPER: Cut(512, 3, True, 96),
     StateFormat.E4M3: Cut(256, 1, False),
 }
 LEAST_HALVED = 16  # a group of fewer values is left whole
@@ -224,87 +223,6 @@ def decode_e4m3(codes, scale, expansion, EXPAND: tl.constexpr, POSITIVE: tl.cons
         return q * (scale * (1.0 / LARGEST))[:, None]
 
 
-# Of four codes the bits of E5M10 numbers, whose exponents and mantissas are logarithms but for what the threads know
-# of each mantissa. Subtracted, so that the mark of numbers other than zero, 0x3C in the top byte, leaves zero -2**118.
-_LOGS = tl.constexpr("""{
-    .reg .b16 low, high; .reg .b32 a, x, y, u, v, zero, part;
-    and.b32 a, $8, 0x7F7F7F7F;
-    mov.b32 {low, high}, a;
-    mov.b32 zero, 0;
-    cvt.rn.f16x2.e4m3x2 x, low;
-    cvt.rn.f16x2.e4m3x2 y, high;
-    set.ne.f16x2.f16x2 u, x, zero;
-    set.ne.f16x2.f16x2 v, y, zero;
-    prmt.b32 a, x, u, 0x5104;
-    shr.u32 part, a, 15;
-    shfl.sync.idx.b32 part, $9, part, 31, 0xffffffff;
-    sub.u32 $0, part, a;
-    prmt.b32 a, x, u, 0x7324;
-    shr.u32 part, a, 15;
-    shfl.sync.idx.b32 part, $10, part, 31, 0xffffffff;
-    sub.u32 $1, part, a;
-    prmt.b32 a, y, v, 0x5104;
-    shr.u32 part, a, 15;
-    shfl.sync.idx.b32 part, $11, part, 31, 0xffffffff;
-    sub.u32 $2, part, a;
-    prmt.b32 a, y, v, 0x7324;
-    shr.u32 part, a, 15;
-    shfl.sync.idx.b32 part, $12, part, 31, 0xffffffff;
-    sub.u32 $3, part, a;
-    prmt.b32 $4, $8, zero, 0x0444;
-    prmt.b32 $5, $8, zero, 0x1444;
-    prmt.b32 $6, $8, zero, 0x2444;
-    mov.b32 $7, $8;
-}""")
-
-
-@triton.jit
-def mantissas():
-    """What thread ``8 i + j`` knows of the mantissa j, for :func:`logs_of_codes`; a scalar."""
-    if INTERPRETED:
-        return 0
-    else:
-        lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], tl.int32, is_pure=True, pack=1)
-        x = (lane & 7).to(tl.float32) * 0.125
-        return ((x - fast_log2(x + 1.0) + (15.0 + LOG2_LARGEST)) * 262144.0 + 0.5).to(tl.int32) - 0x05000000
-
-
-@triton.jit
-def logs_of_codes(codes, table):
-    """``log2(|q| / 448) / 64 - 1/2`` of E4M3 codes, float32, and uint32 with their signs in the top bit."""
-    if INTERPRETED:
-        q = codes.to(tl.float32)
-        logs = fast_log2(tl.abs(q)) * (1.0 / 64) - (LOG2_LARGEST / 64 + 0.5)
-        signs = q.to(tl.uint32, bitcast=True)
-    else:
-        logs, signs = tl.inline_asm_elementwise(
-            _LOGS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r", [codes.to(tl.uint8, bitcast=True), table],
-            (tl.float32, tl.uint32), is_pure=True, pack=4,
-        )  # fmt: skip
-    return logs, signs
-
-
-@triton.jit
-def load_logs(pointer, offset, mask, second, table, HALVES: tl.constexpr):
-    """:func:`logs_of_codes` of a tile, as :func:`load` loads it."""
-    logs, signs = logs_of_codes(tl.load(pointer + offset, mask, other=0.0), table)
-    if HALVES:
-        more, others = logs_of_codes(tl.load(pointer + offset.shape[1] + offset, second, other=0.0), table)
-        logs = both(logs, more)
-        signs = both(signs, others)
-    return logs, signs
-
-
-@triton.jit
-def decode_logs(logs, signs, scale, expansion, POSITIVE: tl.constexpr):
-    """:func:`decode_e4m3` with expansion of what :func:`load_logs` returned."""
-    factor = 1024.0 * fast_reciprocal(_unsigned(expansion))
-    x = tl.exp2(logs * factor[:, None] + (factor * 0.5)[:, None])
-    if not POSITIVE:
-        x = _with_sign(x, signs.to(tl.float32, bitcast=True))
-    return scale[:, None] * x
-
-
 @triton.jit
 def encode_e4m3(x, bits, amax_bits, table, EXPAND: tl.constexpr, POSITIVE: tl.constexpr):
     """What to round to codes [GROUPS, LANES], scale and expansion [GROUPS] of finite ``x``, given the bits of |x| and
@@ -420,12 +338,14 @@ def round_weights(p, chance, MODE: tl.constexpr):
     """Float32 weights as a parameter keeps them: float32, to be rounded to nearest, or else BF16 with the residuals in
     the low byte of an int32. ``chance``: :func:`chances`, which count with STOCHASTIC."""
     residual = 0
+    # A GPU's NaN has all bits but the sign, to which nothing can be added.
+    bits = tl.minimum(p.to(tl.int32, bitcast=True), 0x7FC00000).to(tl.uint32, bitcast=True)
     if MODE == STOCHASTIC:
         x = (chance ^ (chance >> 16)) * 0x85EBCA6B
         x = (x ^ (x >> 13)) * 0xC2B2AE35
-        p = _upper_half(p.to(tl.uint32, bitcast=True) + ((x ^ (x >> 16)) >> 16))
+        p = _upper_half(bits + ((x ^ (x >> 16)) >> 16))
     elif MODE == MASTER:
-        bits = p.to(tl.uint32, bitcast=True) + 0x80  # also of a negative number: it is the magnitude that grows
+        bits += 0x80  # also of a negative number: it is the magnitude that grows
         residual = (bits >> 8).to(tl.int32, bitcast=True)
         p = _upper_half(bits + 0x8000)
     return p, residual
@@ -616,7 +536,7 @@ def launch(
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,
-                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers, TABLED=cut.tabled,
+                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers,
                 enable_fp_fusion=True,
             )  # fmt: skip
     for param, dense, _ in kept:

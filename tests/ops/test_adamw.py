@@ -557,6 +557,21 @@ def test_groups_without_finite_gradients_are_skipped(implementation, bad, format
         assert not torch.equal(result, new)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "twin"])
+@pytest.mark.parametrize("weights", Weights)
+def test_weights_that_are_not_finite_stay_so(implementation, weights, request, device):
+    """No rounding makes a number of them; a GPU's own NaN is the largest of all bit patterns."""
+    step = request.getfixturevalue("twin") if implementation == "twin" else adamw_step_ref
+    device = device if implementation == "twin" else "cpu"
+    params, grads = sample([(4, 300)])
+    params[0][0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    case = Case(params, "lean", weights.value)
+    for _ in range(3):
+        case.run(step, grads(), device)
+    assert case.params[0][0, 0].isnan() and case.params[0][0, 1:3].tolist() == [math.inf, -math.inf]
+    assert case.params[0].isfinite().sum() == 4 * 300 - 3
+
+
 @pytest.mark.parametrize("format", ["lean", "paper"])
 @pytest.mark.parametrize("implementation", ["reference", "twin"])
 def test_special_gradients(implementation, format, request, device):
