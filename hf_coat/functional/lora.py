@@ -1,7 +1,7 @@
 """A frozen FP8 linear and the LoRA adapters beside it as one differentiable function.
 
     forward             y = x_q @ w_q.T (FP8)    h = drop(x) @ a.T  [T, r]    y += scaling * h @ b.T
-    kept                x_q (or nothing, where a Source gives x back) and h; never x
+    kept                x_q (or nothing, where a Source gives x back), h, and a and b in the result's dtype; never x
     input gradient      dx = dy_q @ w_qt.T (FP8)    u = scaling * dy @ b  [T, r]    dx += drop(u @ a)
     adapter gradients   db = scaling * dy.T @ h     da = u.T @ drop(x), with x as it is made again
 
@@ -73,7 +73,9 @@ class _CoatLora(torch.autograd.Function):
         )
         flat = x.reshape(-1, x.shape[-1]).to(out_dtype)
         ranks = [0 if a is None else a.shape[0] for a in downs]
-        joined_a, bs = _cast(downs, ups, ranks, out_dtype)
+        there = [a for a in downs if a is not None]
+        joined_a = (there[0] if len(there) == 1 else torch.cat(there)).to(out_dtype)  # [sum r, K]
+        bs = [None if b is None else b.to(out_dtype) for b in ups]
         if any(drops):
             parts = joined_a.split(ranks)
             h = torch.cat([_dropped(flat, drop) @ a.t() for a, drop in zip(parts, drops, strict=True)], dim=1)
@@ -82,19 +84,19 @@ class _CoatLora(torch.autograd.Function):
         for part, y_i, b, scaling in zip(h.split(ranks, dim=1), ys, bs, scalings, strict=True):
             if b is not None:
                 y_i.addmm_(part, b.t(), alpha=scaling)
-        ctx.save_for_backward(w_s, scale, h, *weights, *downs, *ups, *(kept if keep else ()))
+        ctx.save_for_backward(w_s, scale, h, joined_a, *bs, *weights, *(kept if keep else ()))
         ctx.x_shape, ctx.x_dtype, ctx.ranks, ctx.values, ctx.cache = x.shape, x.dtype, ranks, values, cache
         ctx.drops, ctx.scalings, ctx.grad_dtype = drops, scalings, grad_dtype
         ctx.bias_dtype = None if biases[0] is None else biases[0].dtype
+        ctx.adapter_dtypes = [None if t is None else t.dtype for t in (*downs, *ups)]
         return results(ys, x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dys):
-        w_s, x_s, h, *rest = ctx.saved_tensors
+        w_s, x_s, h, joined_a, *rest = ctx.saved_tensors
         many, scalings, drops = len(ctx.scalings), ctx.scalings, ctx.drops
-        weights, downs, ups = (rest[i * many : (i + 1) * many] for i in range(3))
-        kept = rest[3 * many :]
+        bs, weights, kept = rest[:many], rest[many : 2 * many], rest[2 * many :]
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[_SETTINGS:]
         needs_bias, needs_a, needs_b = (needs[i * many : (i + 1) * many] for i in (1, 2, 3))
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]  # [T, N_i]
@@ -102,13 +104,12 @@ class _CoatLora(torch.autograd.Function):
         dx, das, dbs = None, [None] * many, [None] * many
         joined = h.new_empty(h.shape, dtype=dtype)  # all u, [T, sum r]
         us = joined.split(ctx.ranks, dim=1)
-        joined_a, bs = _cast(downs, ups, ctx.ranks, dtype)
         for dy, b, u, scaling in zip(dys, bs, us, scalings, strict=True):
             if b is not None:
                 u.addmm_(dy, b, beta=0, alpha=scaling)
         for i, part in enumerate(h.split(ctx.ranks, dim=1)):
             if needs_b[i]:
-                dbs[i] = part.new_empty(ups[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
+                dbs[i] = part.new_empty(bs[i].shape).addmm_(dys[i].t(), part, beta=0, alpha=scalings[i])
         biases = [
             dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted else None
             for dy, wanted in zip(dys, needs_bias, strict=True)
@@ -135,43 +136,12 @@ class _CoatLora(torch.autograd.Function):
                 das = [joined.t() @ x]  # [sum r, K]
             das = das if any(drops) else das[0].split(ctx.ranks)
             das = [da if needed else None for da, needed in zip(das, needs_a, strict=True)]
-        grads = _like([*das, *dbs], [*downs, *ups])
+        grads = [None if g is None else g.to(as_is) for g, as_is in zip((*das, *dbs), ctx.adapter_dtypes, strict=True)]
         dx = None if dx is None else dx.to(ctx.x_dtype).view(ctx.x_shape)
         return dx, *[None] * (_SETTINGS - 1), *[None] * many, *biases, *grads, *[None] * (len(needs) - 4 * many)
 
 
 _SETTINGS = 11  # arguments of _CoatLora before its tensors
-
-
-def _cast(downs, ups, ranks, dtype) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """a of all adapters, one below the other [sum r, K], and b of each (or None), in ``dtype`` and by one copy."""
-    there = [a for a in downs if a is not None]
-    a, bs = there[0], list(ups)
-    moved = []
-    if len(there) > 1 or a.dtype != dtype:
-        a = a.new_empty((sum(ranks), a.shape[1]), dtype=dtype)
-        moved += zip(a.split([r for r in ranks if r]), there, strict=True)
-    for i, b in enumerate(ups):
-        if b is not None and b.dtype != dtype:
-            bs[i] = torch.empty_like(b, dtype=dtype)
-            moved.append((bs[i], b))
-    _copy(moved)
-    return a, bs
-
-
-def _like(grads, parameters) -> list[torch.Tensor | None]:
-    """Gradients (or None) in the dtypes of their parameters, by one copy."""
-    made = [
-        g if g is None or g.dtype == p.dtype else torch.empty_like(p) for g, p in zip(grads, parameters, strict=True)
-    ]
-    _copy([(new, g) for new, g in zip(made, grads, strict=True) if new is not g])
-    return made
-
-
-def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy all (to, from) in one launch: there are many small ones in a layer."""
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _dropped(x: torch.Tensor, drop: _Drop | None) -> torch.Tensor:

@@ -33,19 +33,22 @@ TILE = 4096  # values of a program that need not see a whole row
 
 class Rows(NamedTuple):
     """How a kernel that makes codes goes over a row: in tiles of ``block`` columns, which wait for the row's scale in
-    the ``registers`` of each thread of ``warps``. A row of more than ``most`` tiles takes twice the warps and tiles
-    twice as wide; one of more than twice as many is read twice."""
+    the ``registers`` of each thread of ``warps``; where they are more than three in ``wide_registers``. A row of more
+    than ``most`` tiles takes twice the warps and tiles twice as wide; one of more than twice as many is read twice."""
 
     block: int
     most: int
     warps: int
     registers: int
+    wide_registers: int
 
 
-# The fastest of a sweep on an H200.
-FORWARD = Rows(block=2048, most=6, warps=4, registers=128)
-BACKWARD = Rows(block=4096, most=5, warps=8, registers=128)
-TRANSPOSED_TILE = 64, 128, 4  # rows, columns, at least as many as in a group, and warps
+REGISTERS = 65536  # of a processor, for all threads of a program
+
+# The fastest of sweeps on an H200, at widths of 11008 and 18944.
+FORWARD = Rows(block=4096, most=5, warps=16, registers=64, wide_registers=64)
+BACKWARD = Rows(block=4096, most=5, warps=16, registers=64, wide_registers=128)
+TRANSPOSED_TILE = 32, 128, 2  # rows, columns, at least as many as in a group, and warps
 AHEAD = 2  # tiles of the forward that are on their way while one is at work
 
 
@@ -365,7 +368,7 @@ def _plan(width: int, group_size: int, codes: bool, rows: Rows) -> tuple[dict[st
     """Tiles, launch options, and how many programs share a row.
 
     A kernel that makes codes sees whole rows. Tiles of one row are as wide as ``rows`` has them or as the largest
-    power of two in the row; what is left goes into a narrower one: with I = 11008 a program holds 5 tiles of 2048
+    power of two in the row; what is left goes into a narrower one: with I = 9000 a program holds 2 tiles of 4096
     columns and one of 1024.
     """
     smallest = max(group_size, min(256, triton.next_power_of_2(width)), 16)
@@ -383,7 +386,8 @@ def _plan(width: int, group_size: int, codes: bool, rows: Rows) -> tuple[dict[st
         block_h, held, tail = min(block_h, 2048), 0, 0
     block_t = 1 if tail else max(1, 1024 // block_h)
     if held + (tail > 0) > 1:
-        options = {"num_warps": rows.warps * wide, "maxnreg": rows.registers}
+        warps, registers = rows.warps * wide, rows.registers if held + (tail > 0) <= 3 else rows.wide_registers
+        options = {"num_warps": warps, "maxnreg": min(registers, REGISTERS // (32 * warps))}
     else:
         options = {"num_warps": max(1, block_t * block_h // 256)}
     return {"HELD": held, "TAIL": tail, "BLOCK_T": block_t, "BLOCK_H": block_h}, options, 1

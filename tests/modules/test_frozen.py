@@ -302,7 +302,8 @@ def test_lora_keeps_the_input_once_in_fp8():
         coat_lora(x, layer.operand, None, adapter)
     known = {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers(), adapter.a, adapter.b)}
     new = {t.untyped_storage()._cdata: t.nbytes for t in kept if t.untyped_storage()._cdata not in known}
-    assert sum(new.values()) == 16 * (512 + 4 + 2 * 4), "codes, their scales, and the product of rank 4"
+    expected = 16 * (512 + 4 + 2 * 4) + 2 * 4 * (512 + 256)
+    assert sum(new.values()) == expected, "codes, their scales, the product of rank 4; a and b in BF16"
 
 
 SOURCES = {
