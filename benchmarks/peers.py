@@ -276,7 +276,7 @@ CASES = {
         batch=8, length=2048, layers=1, iterations=20, tiny={"batch": 2, "length": 16, "iterations": 2},
     ),
     "stack": Case(
-        run_stack, ("bf16", "bf16-compile", "liger", "torchao", "lean", "lean-attention-4", "lean-attention", "paper"),
+        run_stack, ("bf16", "bf16-compile", "liger", "torchao", "lean", "lean-attention-3", "lean-attention", "paper"),
         batch=4, length=2048, layers=16, tiny={"batch": 2, "length": 16, "layers": 2, "iterations": 2},
     ),
     "step": Case(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
@@ -27,6 +28,7 @@ _spec = importlib.util.spec_from_file_location("families", Path(__file__).with_n
 families = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(families)
 
+needs_library = pytest.mark.skipif(loss.library("cpu") is None, reason=f"needs {loss.REMEDY}")
 IMAGE = 120  # the id of image tokens
 ANSWER = 5  # tokens at the end of a sequence that have labels
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -278,6 +280,7 @@ def qwen_of(inner: int) -> nn.Module:
     return freeze(build(config), (Region.VISION,))
 
 
+@needs_library
 def test_a_frozen_tower_of_sizes_that_bf16_is_slow_with():
     """As Qwen2.5-VL's own 3420, which is no multiple of 8; where that is most of its weights."""
     model, inputs = qwen_of(100), batch("qwen2_5_vl")
@@ -495,9 +498,12 @@ def test_several_images_in_a_sample(name):
     assert_trains_as_before(build(vlm.config), inputs)
 
 
+@needs_library
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
 def test_images_of_padding_take_no_memory(name):
     """These models leave out images that are all zeros, and how many are left decides how much is kept."""
+    if name == "smolvlm" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the SmolVLM of this transformers cannot run under autocast")
     model, inputs = build(VLMS[name].config), batch(name)
     hf_coat.apply_coat(model)
     padding = torch.zeros(2, 3, *inputs["pixel_values"].shape[2:])
@@ -581,7 +587,7 @@ def test_lora_in_a_region(name, targets, region):
     assert (sum(kept) > 0) == region.startswith(vlm.vision)
 
 
-@pytest.mark.skipif(loss.library("cpu") is None, reason=f"needs {loss.REMEDY}")
+@needs_library
 @every_vlm
 def test_no_image_token_meets_the_head(name, monkeypatch):
     rows, own = [], loss._FusedLoss.apply
@@ -622,6 +628,7 @@ def test_generates_saves_loads_and_is_removed(name, tmp_path):
         assert torch.equal(model(**inputs).logits, expected)
 
 
+@needs_library
 def test_memory_of_a_frozen_tower_is_predicted_and_measured():
     model, inputs = freeze(build(llava()), (Region.VISION,)), batch("llava")
     hf_coat.apply_coat(model)

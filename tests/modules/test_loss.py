@@ -208,9 +208,10 @@ def test_the_count_of_labels_does_not_wait_for_the_forward(monkeypatch):
         got.append(target.clone())
         return (hidden @ weight.t()).float().mean(), [torch.zeros_like(hidden), torch.zeros_like(weight), None]
 
-    monkeypatch.setattr(page, "library", lambda kind: product)
     fused, given = llama("cuda", attn_implementation="sdpa"), batch("cuda")  # eager masks synchronise
-    fuse_loss(fused)
+    if "fused linear" not in fuse_loss(fused)["lm_head"]:
+        pytest.skip(f"needs {page.REMEDY}")
+    monkeypatch.setattr(page, "library", lambda kind: product)
     for first in (True, False):
         torch.cuda.set_sync_debug_mode("default" if first else "error")  # the first call compiles and allocates
         try:
