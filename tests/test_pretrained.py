@@ -6,6 +6,7 @@ the same for any number of tokens: the weights and the optimizer's states are wh
 """
 
 import copy
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -21,7 +22,6 @@ import hf_coat
 from hf_coat.modules import CoatFrozenLinear
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-STEPS = 30
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,36 +77,32 @@ def loss(model, ids) -> float:
 
 @pytest.fixture(scope="module")
 def fine_tune(start):
-    """Fine-tune for 30 steps of 2 x 64 tokens; returns the loss on 2,048 held-out tokens before and after.
+    """Fine-tune for some steps of 2 x 64 tokens; returns the loss on 2,048 held-out tokens before and after.
 
     Both are of the plain model: "after" is the loss of the checkpoint, which is what a user gets. Evaluated in FP8
     this small model, whose weights come from 4 bits, loses about 1.3 % before any training, and no more after it.
     """
     pretrained, held_out, train = start
 
-    def run(coat: str | None) -> tuple[float, float]:
+    @functools.cache
+    def run(coat: str | None, steps: int) -> tuple[float, float]:
         model = copy.deepcopy(pretrained)
         before = loss(model, held_out)
-        # takes BF16 from 3.59 to 3.30; with much less there is little to compare
-        train(model, coat, max_steps=STEPS, learning_rate=2e-4)
+        train(model, coat, max_steps=steps, learning_rate=2e-4)
         hf_coat.remove_coat(model)
         return before, loss(model, held_out)
 
     return run
 
 
-@pytest.fixture(scope="module")
-def bf16(fine_tune) -> float:
-    before, after = fine_tune(None)
-    assert after < before
-    return after
+@pytest.mark.parametrize(("preset", "steps"), [("lean", 30), ("paper", 12)])
+def test_held_out_loss_is_within_a_percent_of_bf16(preset, steps, fine_tune):
+    """Or below it: "lean" rounds BF16 weights by chance, which keeps small updates that the nearest number loses.
 
-
-@pytest.mark.parametrize("preset", ["lean", "paper"])
-def test_held_out_loss_is_within_a_percent_of_bf16(preset, fine_tune, bf16):
-    """Or below it: "lean" rounds BF16 weights by chance, which keeps small updates that the nearest number loses."""
-    before, after = fine_tune(preset)
-    assert after < before
+    30 steps take BF16 from 3.59 to 3.30. A step of "paper" takes twice as long as one of "lean" on a CPU.
+    """
+    (before, bf16), (_, after) = fine_tune(None, steps), fine_tune(preset, steps)
+    assert max(bf16, after) < 0.98 * before, "there is something to compare"
     assert after < 1.01 * bf16
     if preset == "paper":  # which rounds to nearest, as torch does
         assert after > 0.99 * bf16

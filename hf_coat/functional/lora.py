@@ -7,7 +7,8 @@
 
 The products of rank r are done in the dtype of the result, BF16 in training: they are bound by reading x and y, not by
 arithmetic. They add into what the FP8 product wrote. Linears that read the same input run as one, with one product
-for all their a, and x is made again once: from its codes, or by its Source in whatever way is closest to x.
+for all their a, and x is made again once: from its codes, or by its Source in whatever way is closest to x. Where a
+and b are cast or put together the backward has the copies, and does not see a later change of them.
 
 Of dropout nothing is kept but the seed that it was drawn with.
 """

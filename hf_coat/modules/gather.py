@@ -146,6 +146,24 @@ def groups_of(state) -> list:
     return [group for group in found if group is not None]
 
 
+def group_of(module: nn.Module):
+    """FSDP2's group that gathers the weight of a module, whatever module's unit it belongs to; None without FSDP2.
+
+    A weight that is gathered does not tell, nor does its module know what is around it: all units are asked.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    units = [reference() for reference in _module_state_mapping.values()]
+    for group in (group for unit in units if isinstance(unit, FSDPState) for group in groups_of(unit)):
+        infos = [p._module_info for p in group.fsdp_params]
+        if any(module is owner for info in infos for owner in (info.module, *info.shared_modules)):
+            return group
+    return None
+
+
 def _groups(model: nn.Module) -> list:
     """Those of all units in a model."""
     units = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]

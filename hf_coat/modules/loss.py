@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .gather import groups_of
+from .gather import group_of
 
 aten = torch.ops.aten
 
@@ -60,17 +60,18 @@ class _Product:
     Args:
         hidden, weight, bias: ``[..., H]``, ``[V, H]``, ``[V]`` or None; BF16 or FP32.
         unit: FSDP2's state of the unit that the head belongs to, if it is one's module.
+        group: FSDP2's group that gathers the weight, of that unit or of a larger one.
 
     Attributes:
         dtypes: What the product is cast to, one after the other.
         value: The product, once it was asked for.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, unit=None):
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, unit=None, group=None):
         self.operands, self.unit = (hidden, weight, bias), unit
         self.dtypes: tuple[torch.dtype, ...] = ()
         # A gathered weight is filled again without a trace: what was changed is the piece of it, or what is in that.
-        params = [] if unit is None else [p.sharded_param for group in groups_of(unit) for p in group.fsdp_params]
+        params = [] if group is None else [p.sharded_param for p in group.fsdp_params]
         pieces = [t for p in params for t in (p, p.to_local())]
         self.watched = [t for t in (*self.operands, *pieces) if t is not None]
         self.versions = [t._version for t in self.watched]
@@ -180,9 +181,9 @@ class _Defer(torch.autograd.Function):
     """``nn.Linear`` in the graph, with its values deferred."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, unit):
+    def forward(ctx, hidden, weight, bias, unit, group):
         ctx.save_for_backward(hidden, weight)
-        return DeferredLogits(_Product(hidden, weight, bias, unit))
+        return DeferredLogits(_Product(hidden, weight, bias, unit, group))
 
     @staticmethod
     def backward(ctx, dlogits):
@@ -193,6 +194,7 @@ class _Defer(torch.autograd.Function):
                 dlogits @ weight if needs[0] else None,
                 rows.t() @ hidden.flatten(0, -2) if needs[1] else None,
                 rows.sum(0) if needs[2] else None,
+                None,
                 None,
             )
 
@@ -263,13 +265,12 @@ class CoatHead(nn.Linear):
             dtype = torch.get_autocast_dtype(kind)
             operands = tuple(t if t is None else t.to(dtype) for t in operands)
         dtypes = {t.dtype for t in operands if t is not None}
-        if len(dtypes) > 1 or not dtypes.issubset(DTYPES):
+        group = group_of(self)
+        given_back = group is not None and group._reshard_after_forward  # FSDP2 takes it: the loss would not find it
+        if len(dtypes) > 1 or not dtypes.issubset(DTYPES) or given_back:
             return super().forward(hidden)
-        return _Defer.apply(*operands, self._unit())
-
-    def _unit(self):
-        """FSDP2's state of the unit that has this head as its module, or as one of several; None without FSDP2."""
-        return self._get_fsdp_state() if hasattr(self, "_get_fsdp_state") else None
+        unit = self._get_fsdp_state() if hasattr(self, "_get_fsdp_state") else None
+        return _Defer.apply(*operands, unit, group)
 
     def _defers(self, hidden: torch.Tensor) -> bool:
         return (
@@ -277,7 +278,6 @@ class CoatHead(nn.Linear):
             and self.coat_labels.take()
             and self.training
             and torch.is_grad_enabled()
-            and not self._gives_weight_back()
             and not is_traceable_wrapper_subclass(self.weight)  # a DTensor's product is one too
             and isinstance(hidden, torch.Tensor)
             and hidden.dim() > 1
@@ -285,11 +285,6 @@ class CoatHead(nn.Linear):
             and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
             and self._has_library(hidden)
         )
-
-    def _gives_weight_back(self) -> bool:
-        """Whether FSDP2 takes the gathered weight away after this forward: the loss would not find it."""
-        unit = self._unit()
-        return unit is not None and any(group._reshard_after_forward for group in groups_of(unit))
 
     def _has_library(self, hidden: torch.Tensor) -> bool:
         """A prediction, whose tensors are fake, asks for the device that the training will be on."""
@@ -564,8 +559,10 @@ def unfuse_loss(model: nn.Module) -> dict[str, str]:
         if isinstance(module, CoatHead):
             module.coat_hook.remove()
             del module.coat_hook, module.coat_labels
-            cls = type(module)  # of a unit of FSDP2's: one of its own, derived from this one
-            plain = nn.Linear if cls is CoatHead else type("FSDPLinear", (cls.__bases__[0], nn.Linear), {})
+            cls, plain = type(module), nn.Linear
+            if hasattr(cls, "_get_fsdp_state"):  # of a unit of FSDP2's: one of its own, derived from this one
+                own = {name: value for name, value in vars(cls).items() if name == "__deepcopy__"}
+                plain = type("FSDPLinear", (cls.__bases__[0], nn.Linear), own)
             module.__class__ = plain
             outcome[name] = "nn.Linear"
     return outcome

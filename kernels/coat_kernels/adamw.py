@@ -2,7 +2,8 @@
 
 A step decodes the moments to float32, does what AdamW does, rounds the weights once, and encodes the new moments. A
 group in which a gradient, or a moment that follows from it, is not finite is skipped: its weights and moments stay as
-they are, bit for bit, and ``skipped`` counts it.
+they are, bit for bit, and ``skipped`` counts it. (On a GPU a second moment over 1 - beta2 has to be finite, too: with
+gradients of 1.8e19 and more it is not.)
 """
 
 import torch

@@ -83,7 +83,7 @@ def _adamw_kernel(
     least = tl.where(moves, eps * inverse_step, float("inf"))
     key = tl.load(scalar + 3).to(tl.uint32, bitcast=True)
     decay = 1.0 - lr * weight_decay
-    smallest = 1.1754943508222875e-38 / unit2  # 2**-126; second moments below are zero
+    smallest = 1.1754943508222875e-38 / unit2  # 2**-126; in LEAN second moments below are zero
     ratio_unit = unit1 / unit_root
 
     broken = tl.zeros((GROUPS,), tl.int32)

@@ -30,6 +30,7 @@ from .quantize import dequantize_ref, quantize_ref, scale_shape
 
 VALUE_DTYPES = (torch.bfloat16, torch.float32)
 E4M3 = torch.float8_e4m3fn
+MOST_IN_A_GROUP = 4096  # values that a kernel sees at a time
 GROUP, TOKEN, TENSOR = Granularity.GROUP.value, Granularity.TOKEN.value, Granularity.TENSOR.value
 
 
@@ -65,9 +66,9 @@ def _check_vectors(name: str, width: int, offset: float, weight, bias):
 
 
 def _check_group(name: str, group_size: int, smallest: int):
-    if group_size < smallest or group_size & (group_size - 1):
+    if not smallest <= group_size <= MOST_IN_A_GROUP or group_size & (group_size - 1):
         zero = "" if smallest else ", or 0 to keep nothing"
-        raise ValueError(f"{name}: group_size is {group_size}, expected a power of two{zero}")
+        raise ValueError(f"{name}: group_size is {group_size}, expected a power of two up to {MOST_IN_A_GROUP}{zero}")
 
 
 def _check_kept(name: str, x_q, x_s, mean, rstd, group_size):

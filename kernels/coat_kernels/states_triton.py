@@ -7,9 +7,10 @@ a second one what changes with the step.
 
 With BF16 parameters and gradients ten bytes move per value (the gradient in; the parameter and two codes in and out).
 At the speed of an H200's memory that leaves time for some 75 instructions per value, nine of them of the slow kind
-(log2, exp2, roots, quotients). ``lean`` needs 55 and three slow ones. Expansion needs a log2 and an exp2 to decode
-each moment and a log2 to encode it, and the step two more: eight of the slow kind, with what a group needs. The exp2
-of the encoding is none: only the code counts, and that comes from a table in the registers of a warp; 50 to 53 in all.
+(log2, exp2, roots, quotients). ``lean`` needs 47 and three slow ones, nine to twelve more where weights are rounded by
+chance or have a master. Expansion needs a log2 and an exp2 to decode each moment and a log2 to encode it, and the step
+two more: eight of the slow kind, with what a group needs, and 57 in all. The exp2 of the encoding is none: only the
+code counts, and that comes from a table in the registers of a warp.
 """
 
 from collections import OrderedDict, defaultdict
@@ -324,13 +325,12 @@ def chances(key, group, offset, RAGGED: tl.constexpr, LANES: tl.constexpr, HALVE
     HALF: tl.constexpr = offset.shape[1]
     if RAGGED:
         x = _mixed(offset, key)
-        y = _mixed(offset + HALF, key)
+        return both(x, _mixed(offset + HALF, key)) if HALVES else x
     else:
         lane = tl.arange(0, HALF)[None, :].to(tl.uint32)
         first = _mixed(group.to(tl.int64) * LANES, key)[:, None]
         x = first + lane * 0x9E3779B1
-        y = first + (lane + HALF) * 0x9E3779B1
-    return both(x, y) if HALVES else x
+        return both(x, first + (lane + HALF) * 0x9E3779B1) if HALVES else x
 
 
 @triton.jit
@@ -536,7 +536,8 @@ def launch(
                 PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,
-                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS, maxnreg=cut.registers,
+                HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS,
+                maxnreg=cut.registers if groups * lanes <= cut.tile else None,
                 enable_fp_fusion=True,
             )  # fmt: skip
     for param, dense, _ in kept:

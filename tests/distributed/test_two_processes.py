@@ -150,16 +150,16 @@ def test_the_fused_loss_under_fsdp2(results):
     alone, first = results("heads")
     second = results("heads", rank=1)[1]
     for name, run in first.items():
-        deferred = name != "given back"
+        deferred, root = not name.endswith("given back"), name.startswith("root")
         assert run["losses"] == second[name]["losses"] and len(set(run["losses"])) == 6, name
         assert run["never"] is deferred, name
         assert ("FSDP2 had taken" in run["after backward"]) is deferred, name
-        if name != "root":  # where the head is no unit's module
+        assert ("FSDP2 had taken" in run["after step"]) is deferred, name
+        if not root:  # where the head is a unit's module
             assert run["told"] == [() if deferred else (2, 16, 64)], "by the gradient of the loss, not of the logits"
-            assert ("FSDP2 had taken" in run["after step"]) is deferred, name
         assert run["evaluated"][0] == "Tensor"
-        assert run["undone"] == ["Tensor", "Linear" if name == "root" else "FSDPLinear"], name
-        assert run["still sharded"] == (name != "root")
+        assert run["undone"] == ["Tensor", "Linear" if root else "FSDPLinear"], name
+        assert run["still sharded"] is not root
         if name == "bf16":
             assert run["losses"][:2] == pytest.approx(alone["tail"]["losses"][:2], rel=1e-3)
             continue

@@ -407,6 +407,7 @@ HEADS = {
     "frozen": (("model.norm", "lm_head"), False, {"frozen": True}),
     "root": ((), False, {}),
     "given back": (("lm_head",), True, {}),
+    "root given back": ((), True, {}),
 }
 
 
@@ -425,7 +426,7 @@ def heads(folder, rank, sharded):
             if unit:
                 together = [model.get_submodule(part) for part in unit]
                 fully_shard(together if len(unit) > 1 else together[0], reshard_after_forward=given_back, **options)
-            fully_shard(model, **options)
+            fully_shard(model, **options, **({"reshard_after_forward": True} if given_back and not unit else {}))
         elif policy is not None:
             continue
         optimizer = CoatAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

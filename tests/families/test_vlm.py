@@ -300,6 +300,11 @@ def test_a_frozen_tower_of_sizes_that_bf16_is_slow_with():
         model(**inputs)
     assert f"{block}.mlp.down_proj" in probe.figures()
     assert "multiples" not in hf_coat.apply_coat(freeze(model, ())).regions["vision"], "it trains"
+    mlps = CoatConfig(modules_to_not_convert=["model.visual.blocks.*.mlp.*"])
+    left = hf_coat.apply_coat(freeze(model, (Region.VISION,)), mlps)
+    assert "BF16" in left.regions["vision"] and f"{block}.attn.proj" not in left.converted, "what is left is aligned"
+    left = hf_coat.apply_coat(model, CoatConfig(modules_to_not_convert=["visual"]))
+    assert left.regions["vision"].endswith("BF16, as modules_to_not_convert says")
 
     for inner in (96, 20):  # multiples of 8; a fifth of the weights
         report = hf_coat.apply_coat(qwen_of(inner))

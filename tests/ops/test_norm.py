@@ -410,6 +410,10 @@ def test_registration(device, center):
         (dict(weight=None, offset=1.0), "offset is 1.0"),
         (dict(out_dtype=torch.float16), "out_dtype is torch.float16"),
         (dict(group_size=24), "group_size is 24"),
+        (
+            dict(x=torch.ones(2, 8192), weight=None, group_size=8192),
+            "group_size is 8192, expected a power of two up to 4096",
+        ),
         (dict(group_size=16, scale_dtype=torch.int8), "scale_dtype is torch.int8"),
     ],
 )
