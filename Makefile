@@ -29,7 +29,7 @@ demo: $(SETUP)
 
 # Every test runs in one of two processes of one thread each: most are small, and the interpreted kernels are Python.
 test: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal --durations=15 $(ARGS)
 
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest tests/ops tests/modules tests/optim tests/test_memory.py tests/integrations tests/families tests/distributed $(ARGS)

@@ -116,6 +116,9 @@ def estimate_table(title: str, rows: Mapping[str, Mapping[str, Any]], cards: Ite
         [NAMES.get(key, key.replace("_", " ")), *(format_bytes(row[key]) for row in rows.values())]
         for key in ("weights", "gradients", "optimizer_states", "activations", "logits", "peak")
     ]
+    whole = [row["at_peak"].get("whole gradients", 0) for row in rows.values()]
+    if any(whole):  # of accumulation under FSDP2
+        body.insert(2, ["gradients, whole until reduced", *map(format_bytes, whole)])
     body.append(["the peak is in the", *(row["phase"] for row in rows.values())])
     body += [
         [f"fits on {card} GB", *("yes" if card in row["fits"] else "no" for row in rows.values())] for card in cards

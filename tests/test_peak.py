@@ -233,6 +233,9 @@ def test_command(tmp_path, capsys):
         "nothing was run",
     ):
         assert text in table
+    assert "whole until reduced" not in table
+    assert cli.main([*arguments[:2], "--gpus", "2", "--accumulate"]) == 0
+    assert "gradients, whole until reduced" in capsys.readouterr().out
     assert cli.main([*arguments[:6], "--json", "--lora", "4"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert list(record) == ["lean", "bf16"] and record["lean"]["fits"] == [24, 40, 48, 80, 141]
