@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .formats import MAX_EXPONENT, round_up
+from .norm import MOST_IN_A_GROUP
 from .quantize import scale_shape
 from .quantize_triton import nothing
 from .scaled_mm_triton import processors
@@ -30,7 +31,7 @@ E4M3 = torch.float8_e4m3fn
 EMAX = tl.constexpr(MAX_EXPONENT[E4M3])
 
 WIDEST = 8192  # values of a row that one program holds; twice as many do not fit the registers of the backward
-PIECE = 4096  # values at a time of a wider row
+PIECE = MOST_IN_A_GROUP  # values at a time of a wider row: whole groups
 TILE = 2048  # values of a program of shorter rows
 PER_WARP = 512  # values: 16 for each thread, one 16-byte access of FP8 and two of BF16
 RESIDENT_WARPS = 16  # of the backward on one processor: of 128 registers for each thread
