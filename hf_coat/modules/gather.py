@@ -21,7 +21,7 @@ import logging
 from collections import Counter
 
 import torch
-from coat_kernels import quantize
+from coat_kernels import quantize_each
 from coat_kernels.formats import DITHER_VALUES
 from torch import nn
 
@@ -30,7 +30,6 @@ from .linear import CoatLinear
 from .mlp import CoatMLP
 
 logger = logging.getLogger(__name__)
-E4M3 = torch.float8_e4m3fn
 WHOLE = "every process has the whole weight"
 
 
@@ -46,13 +45,26 @@ class LastRows:
         self.group, self.rank = mesh.shard_process_group, mesh.shard_mesh_rank
         with torch.inference_mode(False):
             self.values = torch.zeros(len(params), DITHER_VALUES, device=params[0].device)
-        self.ready = None
+        self.ready, self.copies, self.shards = None, ([], []), None
 
     @torch.no_grad()
     def agree(self) -> None:
         """Take the rows as they are now. All processes call this together."""
         if not any(p.sharded_param.requires_grad for p in self.params):  # frozen weights need no factor
             return
+        shards = [p._sharded_param_data.data_ptr() for p in self.params]
+        if shards != self.shards:  # they are others after a state dict was assigned
+            self.shards, self.copies = shards, self._find()
+        self.values.zero_()
+        if self.copies[0]:
+            torch._foreach_copy_(*self.copies)
+        torch.distributed.all_reduce(self.values, group=self.group)
+        if self.values.is_cuda:
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def _find(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The rows that are here, where they go, and where they are."""
         ours, theirs = [], []
         for row, p in zip(self.values, self.params, strict=True):
             owner, index = divmod(p._orig_size[0] - 1, p.padded_sharded_param_size[0])
@@ -60,13 +72,7 @@ class LastRows:
                 width = p._orig_size[1]
                 ours.append(row[:width])
                 theirs.append(p._sharded_param_data[index * width : index * width + min(width, DITHER_VALUES)])
-        self.values.zero_()
-        if ours:
-            torch._foreach_copy_(ours, theirs)
-        torch.distributed.all_reduce(self.values, group=self.group)
-        if self.values.is_cuda:
-            self.ready = torch.cuda.Event()
-            self.ready.record()
+        return ours, theirs
 
     def wait(self) -> None:
         """Let the stream that is current wait for the rows: weights are quantized on one of FSDP2's own."""
@@ -81,10 +87,17 @@ class Shard:
         param: The object with which FSDP2 manages the weight.
         rows: Where the row is from which the factor of its scales is drawn.
         index: Which one of them it is.
+
+    Attributes:
+        together: Those of all weights that are gathered with this one, in the order in which FSDP2 asks them. The
+            first one quantizes for all: one launch instead of many.
+        made: Codes and scales for the all-gather that has begun.
     """
 
     def __init__(self, param, rows: LastRows, index: int):
-        self.param, self.rows, self.index = param, rows, index
+        self.param, self.rows, self.row = param, rows, rows.values[index]
+        self.together: list[Shard] = [self]
+        self.made: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def size(self) -> torch.Size:
         return self.param.padded_sharded_param_size  # all pieces are gathered at this size
@@ -94,14 +107,10 @@ class Shard:
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes as uint8 [rows, K] and scales, float32 [rows, 1], of this process's rows; those that pad are zero."""
-        p = self.param
-        rows = p._sharded_param_data.to(p.device, non_blocking=True).view(p.padded_sharded_param_size)
-        dither = False
-        if p.sharded_param.requires_grad:
-            self.rows.wait()
-            dither = self.rows.values[self.index]
-        codes, _, scale = quantize(rows, E4M3, dither=dither)
-        return (codes.view(torch.uint8), scale), None
+        if self is self.together[0] or self.made is None:
+            _quantize(self.together)
+        made, self.made = self.made, None
+        return made, None
 
     def fsdp_post_all_gather(self, all_gather_outputs, metadata, param_dtype, *, out=None):
         """The weight, without the rows that pad; nothing to do where it is there, and its memory filled again."""
@@ -109,6 +118,24 @@ class Shard:
             bits, scale = (t[: self.param._orig_size[0]] for t in all_gather_outputs)
             return GatheredWeight(bits, scale, param_dtype), ()
         return None
+
+
+def _quantize(shards: list[Shard]) -> None:
+    """Let each have its codes and scales. Frozen weights' scales have no factor."""
+    kinds: dict[tuple, list[Shard]] = {}
+    for shard in shards:
+        kind = shard.param.sharded_param.requires_grad, shard.param._sharded_param_data.dtype
+        kinds.setdefault(kind, []).append(shard)
+    for (trained, _), alike in kinds.items():
+        if trained:
+            alike[0].rows.wait()
+        params = [shard.param for shard in alike]
+        pieces = [
+            p._sharded_param_data.to(p.device, non_blocking=True).view(p.padded_sharded_param_size) for p in params
+        ]
+        made = quantize_each(pieces, [shard.row for shard in alike] if trained else ())
+        for shard, (codes, scale) in zip(alike, made, strict=True):
+            shard.made = codes.view(torch.uint8), scale
 
 
 # FSDP2 looks at it each time; this saves it most of the work.
@@ -307,6 +334,9 @@ class CodeGather:
         for module, (group, param) in found.items():
             shard = Shard(param, rows[_processes(param)], places[self.sources[module]])
             shards.setdefault(id(group), (group, []))[1].append(shard)
+        for _, members in shards.values():
+            for shard in members:
+                shard.together = members
         return list(shards.values())
 
     def _take(self) -> None:

@@ -3,7 +3,7 @@
 from .activation import ACTIVATIONS, activation, activation_backward, activation_transposed, activation_values
 from .formats import Fp8Format, Granularity, ScaleFormat
 from .norm import norm, norm_backward, norm_transposed, norm_values
-from .quantize import dequantize, quantize, transpose
+from .quantize import dequantize, quantize, quantize_each, transpose
 from .rotary import rotary
 from .scaled_mm import scaled_mm
 
@@ -22,6 +22,7 @@ __all__ = [
     "norm_transposed",
     "norm_values",
     "quantize",
+    "quantize_each",
     "rotary",
     "scaled_mm",
     "transpose",

@@ -24,13 +24,13 @@ from .states_triton import (
     decode_e4m3,
     encode_companded,
     encode_e4m3,
-    find_parameter,
     load,
     locate,
     read_weights,
     round_weights,
     store,
 )
+from .tables_triton import find_row
 
 
 @triton.jit(do_not_specialize=["parameters"])
@@ -46,7 +46,7 @@ def _lion_kernel(
     NOTHING: tl.constexpr = 0 if FORMAT == LEAN else 0.0
     WIDE: tl.constexpr = tl.uint32 if FORMAT == LEAN else tl.float32
     pid = tl.program_id(0)
-    place = find_parameter(table, parameters, pid)
+    place = find_row(table, parameters, pid, WIDTH)
     row = table + place * WIDTH
     param_ptr = tl.multiple_of(tl.load(row + POINTERS).to(tl.pointer_type(PARAM)), ALIGNMENT)
     grad_ptr = tl.multiple_of(tl.load(row + POINTERS + 1).to(tl.pointer_type(GRAD)), ALIGNMENT)

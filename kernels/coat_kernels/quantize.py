@@ -67,6 +67,15 @@ def joint_shape(parts: Sequence[torch.Tensor], dim: int) -> tuple[int, int]:
     return tokens, width
 
 
+def _check_dither(name, dither, width):
+    enough = min(DITHER_VALUES, width)
+    if dither.dtype not in SOURCE_DTYPES or dither.dim() != 1 or len(dither) < enough:
+        raise ValueError(
+            f"{name}: dither is {dither.dtype} {list(dither.shape)}, expected a row of {enough} values or more in one "
+            f"of {', '.join(map(str, SOURCE_DTYPES))}"
+        )
+
+
 def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither):
     first = parts[0]
     if first.dtype not in SOURCE_DTYPES:
@@ -103,12 +112,7 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
             f"{granularity!r}, power_of_two {power_of_two}, dim {dim} and scale {'None' if scale is None else 'given'}"
         )
     if isinstance(dither, torch.Tensor):
-        enough = min(DITHER_VALUES, first.shape[-1])
-        if dither.dtype not in SOURCE_DTYPES or dither.dim() != 1 or len(dither) < enough:
-            raise ValueError(
-                f"quantize: dither is {dither.dtype} {list(dither.shape)}, expected a row of {enough} values or more "
-                f"in one of {', '.join(map(str, SOURCE_DTYPES))}"
-            )
+        _check_dither("quantize", dither, first.shape[-1])
     if scale is not None:
         shape = joint_shape(parts, dim)
         expected = scale_shape(*shape, granularity, group_size)
@@ -223,6 +227,67 @@ def quantize(
         parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither
     )
     return x_q if codes else None, x_qt if transposed else None, x_s if scale is None else scale
+
+
+def quantize_each_ref(x, dither):
+    made = [
+        quantize_ref(part, torch.float8_e4m3fn, "token", 0, True, None, True, False, dither=row)
+        for part, row in zip(x, dither or [None] * len(x), strict=True)
+    ]
+    codes = torch.cat([q.view(torch.uint8).flatten() for q, _, _ in made]).view(torch.float8_e4m3fn)
+    return codes, torch.cat([s.flatten() for _, _, s in made])
+
+
+_quantize_each = register(
+    "quantize_each(Tensor[] x, Tensor[] dither) -> (Tensor, Tensor)",
+    quantize_each_ref,
+    lambda x, dither: (
+        x[0].new_empty(sum(part.numel() for part in x), dtype=torch.float8_e4m3fn),
+        x[0].new_empty(sum(part.shape[0] for part in x), dtype=torch.float32),
+    ),
+    "quantize_triton:quantize_each",
+)
+
+
+def quantize_each(
+    x: Sequence[torch.Tensor], dither: Sequence[torch.Tensor] = ()
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Many matrices at once, each quantized by itself to E4M3 with a power-of-two scale per token, in one launch.
+
+    Args:
+        x: Matrices [T_i, H_i] of one dtype, BF16, FP32 or FP16, on one device.
+        dither: A row [>= min(H_i, 256)] for each of them, of one dtype, as :func:`quantize` takes it; none for no
+            factor.
+
+    Returns:
+        ``(x_q [T_i, H_i], x_s [T_i, 1])`` of each, as :func:`quantize` gives them. They are pieces of two tensors.
+
+    Raises:
+        TypeError, ValueError: For dtypes or shapes that do not fit; the message names the value and what was expected.
+    """
+    x, dither = list(x), list(dither)
+    if not x:
+        raise ValueError("quantize_each: x is an empty sequence, expected at least one matrix")
+    first = x[0]
+    if first.dtype not in SOURCE_DTYPES:
+        raise TypeError(f"quantize_each: x is {first.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
+    for part in x:
+        if part.dim() != 2 or part.dtype != first.dtype or part.device != first.device:
+            raise ValueError(
+                f"quantize_each: {part.dtype} {list(part.shape)} on {part.device}, expected matrices of the first "
+                f"one's dtype and device, {first.dtype} on {first.device}"
+            )
+    if dither:
+        if len(dither) != len(x) or any(row.dtype != dither[0].dtype for row in dither):
+            raise ValueError(
+                f"quantize_each: dither is {len(dither)} rows of {', '.join(sorted({str(r.dtype) for r in dither}))}, "
+                f"expected one for each of {len(x)} matrices, of one dtype"
+            )
+        for part, row in zip(x, dither, strict=True):
+            _check_dither("quantize_each", row, part.shape[1])
+    codes, scales = _quantize_each(x, [row.contiguous() for row in dither])
+    codes, scales = codes.split([part.numel() for part in x]), scales.split([part.shape[0] for part in x])
+    return [(q.view(part.shape), s.view(-1, 1)) for part, q, s in zip(x, codes, scales, strict=True)]
 
 
 def dequantize_ref(x_q, x_s, group_size, dtype):

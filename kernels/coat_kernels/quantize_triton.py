@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .formats import MAX_EXPONENT, round_up
 from .quantize import joint_shape, scale_shape
+from .tables_triton import find_row, on_device
 from .tiles_triton import (
     INTERPRETED,
     dither_factor,
@@ -178,6 +179,35 @@ def _quantize_parts_kernel(
         _store_part(x3, inverse, x3_ptr, q_row, t, tokens, width3, stride3, EMAX, BLOCK_3)
 
 
+# The columns of the table of _quantize_each_kernel, int64: the address of the values, that of the row from which the
+# factor of the scales is drawn, tokens, width, where codes and scales begin in what is written, the first program.
+EACH = tl.constexpr(7)
+
+
+@triton.jit(do_not_specialize=["matrices"])
+def _quantize_each_kernel(
+    table, matrices, s_ptr, q_ptr,
+    VALUES: tl.constexpr, ROW: tl.constexpr, EMAX: tl.constexpr, ALIGNMENT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Scales and codes of BLOCK_T whole tokens of one of many matrices. ROW is the dtype of the rows that give the
+    factors, None for no factor."""
+    pid = tl.program_id(0)
+    row = table + find_row(table, matrices, pid, EACH) * EACH
+    x_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(VALUES)), ALIGNMENT)
+    tokens = tl.load(row + 2)
+    width = tl.multiple_of(tl.load(row + 3).to(tl.int32), ALIGNMENT)
+    q_ptr += tl.multiple_of(tl.load(row + 4), ALIGNMENT)
+    t = (pid - tl.load(row + 6)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    x = _load_rows(x_ptr, t, 0, tokens, width, width, BLOCK_H)
+    amax = _amax_part(x, x_ptr, t, tokens, width, width, BLOCK_H)
+    factor = 1.0 if ROW is None else dither_factor(tl.load(row + 1).to(tl.pointer_type(ROW)), width)
+    s = scale_from_bits(amax, EMAX, True, factor)
+    tl.store(s_ptr + tl.load(row + 5) + t, s, mask=t < tokens)
+    inverse = tl.div_rn(1.0, s)[:, None]
+    _store_part(x, inverse, x_ptr, q_ptr + t[:, None] * width, t, tokens, width, width, EMAX, BLOCK_H)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _dequantize_kernel(
     q_ptr, s_ptr, y_ptr, tokens, width, stride_s,
@@ -340,6 +370,35 @@ def _quantize_parts(x, x_q, x_s, power_of_two):
         BLOCK_0=blocks[0], BLOCK_1=blocks[1], BLOCK_2=blocks[2], BLOCK_3=blocks[3],
         num_warps=4 if held <= 8192 else 8 if held <= 16384 else 16,
     )  # fmt: skip
+
+
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
+
+
+def quantize_each(x, dither):
+    x, device = [part.contiguous() for part in x], x[0].device
+    block_h = min(next_power_of_2(max(part.shape[1] for part in x)), 4096)
+    block_t = 4096 // block_h
+    rows, values, tokens, programs = [], 0, 0, 0
+    for i, part in enumerate(x):
+        if part.numel():
+            factor = dither[i].data_ptr() if dither else 0
+            rows.append((part.data_ptr(), factor, *part.shape, values, tokens, programs))
+            programs += ceil_div(part.shape[0], block_t)
+        values += part.numel()
+        tokens += part.shape[0]
+    codes = torch.empty(values, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=device)
+    if len(rows) < len(x):  # matrices of width 0 may have rows
+        scales.fill_(torch.finfo(torch.float32).smallest_normal)
+    if rows:
+        aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
+        _quantize_each_kernel[(programs,)](
+            on_device(tuple(rows), device), len(rows), scales, codes,
+            VALUES=_TRITON_DTYPES[x[0].dtype], ROW=_TRITON_DTYPES[dither[0].dtype] if dither else None, EMAX=8,
+            ALIGNMENT=16 if aligned else 1, BLOCK_T=block_t, BLOCK_H=block_h,
+        )  # fmt: skip
+    return codes, scales
 
 
 @triton.jit

@@ -13,7 +13,7 @@ two more: eight of the slow kind, with what a group needs, and 57 in all. The ex
 code counts, and that comes from a table in the registers of a warp.
 """
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -22,9 +22,10 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .states import StateFormat, Weights, hashed, mixed
+from .tables_triton import on_device
 from .tiles_triton import INTERPRETED, to_float, to_fp8
 
-# The columns of the table, int64.
+# The columns of the table, int64; the last one is what tables_triton.find_row reads.
 POINTERS = tl.constexpr(0)  # param, grad, residual; codes, scales, expansions of each moment
 GROUP_COUNT = tl.constexpr(9)
 COLUMNS = tl.constexpr(10)  # values in a row of the parameter
@@ -64,7 +65,6 @@ WARPS = 1  # needs no barriers, and so many programs fit that some compute while
 MOST_GROUPS = 64  # in a tile of short groups: each thread keeps side data of its groups
 TILES = 16
 VECTOR = 16  # bytes of the widest memory access
-MOST_TABLES = 64
 
 NORMAL = tl.constexpr(0x00800000)  # bits of 2**-126
 INFINITE = tl.constexpr(0x7F800000)
@@ -360,19 +360,6 @@ def _upper_half(bits):
 
 
 @triton.jit
-def find_parameter(table, parameters, pid):
-    """The row of program ``pid``: the last one whose first program is not behind it."""
-    low = 0
-    high = parameters
-    while high - low > 1:
-        middle = (low + high) // 2
-        behind = tl.load(table + middle * WIDTH + FIRST_PROGRAM) > pid
-        low = tl.where(behind, low, middle)
-        high = tl.where(behind, middle, high)
-    return low
-
-
-@triton.jit
 def locate(
     group, inside, columns, groups_per_row, GROUP_SIZE: tl.constexpr, RAGGED: tl.constexpr, LANES: tl.constexpr,
     HALVES: tl.constexpr,
@@ -439,31 +426,6 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_tables: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # the last ones, by what they hold
-_captured: list[torch.Tensor] = []  # those that CUDA graphs read
-
-
-def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """Numbers as int64 [rows, columns] on the device. Most are those of the step before: then they are there already.
-
-    Gradients often come back to where they were.
-    """
-    key = (device, rows)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
-    if table is None and capturing:  # a graph cannot copy from the host's memory; it can fill with numbers
-        table = torch.stack([torch.full((), x, dtype=torch.int64, device=device) for row in rows for x in row])
-        table = table.view(len(rows), -1)
-    elif table is None:
-        host = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        table = _tables[key] = host.to(device, non_blocking=True)
-        if len(_tables) > MOST_TABLES:
-            _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
-    if capturing:
-        _captured.append(table)
-    return table
 
 
 def _scalars(lr, steps, places, betas, weights, seed, device) -> torch.Tensor:
@@ -480,7 +442,7 @@ def _scalars(lr, steps, places, betas, weights, seed, device) -> torch.Tensor:
         # The kernel counts from the first value that is here. What that one adds to the key makes up for it, in
         # parameters of up to 2**32 values.
         rows = (hashed(n, hashed(seed, 1)) for n, _ in places), (mixed(first) & 0xFFFFFFFF for _, first in places)
-        keys, moved = _on_device(tuple(map(tuple, rows)), where)
+        keys, moved = on_device(tuple(map(tuple, rows)), where)
         keys = (hashed(steps.long(), keys) + moved) & 0xFFFFFFFF
         host[:, 3] = (keys - ((keys >> 31) << 32)).int().view(torch.float32)
     scalars = host.to(device, non_blocking=True)
@@ -529,7 +491,7 @@ def launch(
             for row in rows:
                 row.append(programs)
                 programs += -(-row[GROUP_COUNT.value] // (groups * TILES))
-            table = _on_device(tuple(map(tuple, rows)), skipped.device)
+            table = on_device(tuple(map(tuple, rows)), skipped.device)
             scalars = _scalars(lr, of_rows, places, betas, mode, seed, skipped.device)
             kernel[(programs,)](
                 table, scalars, len(rows), skipped, *constants,

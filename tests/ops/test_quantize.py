@@ -4,7 +4,7 @@ import coat_kernels as ck
 import pytest
 import torch
 from coat_kernels.formats import SCALE_DTYPES, largest, scale_from_amax, unpack_scale
-from coat_kernels.quantize import dequantize_ref, quantize_ref, transpose_ref
+from coat_kernels.quantize import dequantize_ref, quantize_each_ref, quantize_ref, transpose_ref
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 OPCHECKS = ("test_autograd_registration", "test_faketensor")  # the schema test cannot compare FP8
@@ -452,3 +452,44 @@ def test_bad_input_is_named(change, message):
 def test_bad_input_of_transpose_is_named(x_q, scale, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ck.transpose(x_q, scale)
+
+
+EACH = [[(8, 64), (3, 5000), (16, 64)], [(1, 17), (37, 100), (0, 48), (5, 4096)], [(2, 0), (6, 33)]]
+
+
+@pytest.mark.parametrize("shapes", EACH)
+@pytest.mark.parametrize("dithered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantize_each_parity(twin, same_codes, device, shapes, dithered, dtype):
+    x = [sample(*shape, dtype) for shape in shapes]
+    rows = [torch.randn(256, generator=torch.Generator().manual_seed(i)) for i in range(len(x))] if dithered else []
+    expected = quantize_each_ref(x, rows)
+    actual = twin.quantize_each([part.to(device) for part in x], [row.to(device) for row in rows])
+    assert torch.equal(actual[1].cpu(), expected[1]), "scales are bitwise equal"
+    same_codes(actual[0], expected[0])
+
+
+def test_quantize_each_is_quantize_of_each(device):
+    x = [sample(*shape).to(device) for shape in EACH[1]]
+    rows = [torch.randn(256).to(device) for _ in x]
+    for (codes, scale), part, row in zip(ck.quantize_each(x, rows), x, rows, strict=True):
+        q, _, s = ck.quantize(part, dither=row)
+        assert torch.equal(codes.view(torch.uint8), q.view(torch.uint8))
+        assert torch.equal(scale, s)
+        assert codes.shape == q.shape
+        assert scale.shape == s.shape
+    torch.library.opcheck(torch.ops.coat_kernels.quantize_each.default, (x, rows), test_utils=OPCHECKS)
+
+
+def test_quantize_each_refuses_what_does_not_fit():
+    x = [sample(4, 64), sample(4, 32)]
+    with pytest.raises(ValueError, match="empty sequence"):
+        ck.quantize_each([])
+    with pytest.raises(TypeError, match="torch.int32"):
+        ck.quantize_each([x[0].int()])
+    with pytest.raises(ValueError, match="torch.float32.*expected matrices of the first"):
+        ck.quantize_each([x[0], x[1].float()])
+    with pytest.raises(ValueError, match="dither is 1 rows of torch.float32, expected one for each of 2"):
+        ck.quantize_each(x, [torch.ones(256)])
+    with pytest.raises(ValueError, match="expected a row of 64 values"):
+        ck.quantize_each(x, [torch.ones(63), torch.ones(256)])
