@@ -17,7 +17,7 @@ def keep_section(trainer_class: type) -> None:
     Trainer writes its card anew each time, and no event follows.
     """
     write_card = trainer_class.create_model_card
-    if hasattr(write_card, "__wrapped__") and write_card.__wrapped__.__name__ == "create_model_card":
+    if getattr(write_card, "prepared_by_coat", False):
         return
 
     @functools.wraps(write_card)
@@ -30,6 +30,7 @@ def keep_section(trainer_class: type) -> None:
             record = callback.run_record(self.args, self.state, model, self.optimizer and bare(self.optimizer))
             _add_section(file, record)
 
+    create_model_card.prepared_by_coat = True
     trainer_class.create_model_card = create_model_card
 
 
