@@ -1,7 +1,7 @@
 """Time the kernels against what the machine can do; a figure is printed only for a kernel that agrees with its
 reference.
 
-    python kernels/benchmarks/run.py [--only norm] [--json FILE] [--record]
+    python kernels/benchmarks/run.py [--only norm ...] [--json FILE] [--record]
 
 Memory-bound kernels are compared with the bandwidth of a device copy measured in the same run, matrix products with
 ``torch._scaled_mm`` and with BF16. ``--record`` writes the comparison of Triton and cuBLASLt into
@@ -29,7 +29,7 @@ from coat_kernels.activation import (
 )
 from coat_kernels.formats import FP8_DTYPES
 from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref, norm_values_ref
-from coat_kernels.quantize import dequantize_ref, quantize_ref, transpose_ref
+from coat_kernels.quantize import dequantize_ref, quantize_each_ref, quantize_ref, transpose_ref
 from coat_kernels.rotary import rotary_ref
 from triton.testing import do_bench
 
@@ -118,6 +118,15 @@ def quantize_cases(device: str, tokens: int, hidden: int, wide: int) -> Iterator
             ),
             parts,
         )  # fmt: skip
+
+    # What one of two processes has of the weights of a layer.
+    shapes = [(hidden // 2, hidden)] * 4 + [(wide // 2, hidden)] * 2 + [(hidden // 2, wide)]
+    parts = [_random(*shape, device=device) for shape in shapes]
+    rows = [_random(256, device=device, dtype=torch.float32) for _ in parts]
+    yield Case(
+        f"quantize a layer of {hidden} and {wide}, half of each weight",
+        partial(torch.ops.coat_kernels.quantize_each, parts, rows), partial(quantize_each_ref, parts, rows), parts,
+    )  # fmt: skip
 
 
 def norm_cases(device: str, tokens: int, width: int) -> Iterator[Case]:
@@ -257,9 +266,9 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
-def run_memory(bandwidth: float, only: str, cases: Iterable[Case]) -> Iterator[dict]:
+def run_memory(bandwidth: float, only: list[str], cases: Iterable[Case]) -> Iterator[dict]:
     for case in cases:
-        if only not in case.name:
+        if not any(name in case.name for name in only):
             continue
         results = as_tuple(case.call())
         if not agrees(results, as_tuple(case.reference()), case.exact):
@@ -279,11 +288,11 @@ def product_shapes() -> list[tuple[int, int, int, bool]]:
     return sorted(shapes)
 
 
-def run_products(only: str) -> Iterator[dict]:
+def run_products(only: list[str]) -> Iterator[dict]:
     generator = torch.Generator("cuda").manual_seed(0)
     for m, n, k, fast in product_shapes():
         name = f"scaled_mm {m} x {n} x {k} {'fast' if fast else 'exact'}"
-        if only not in name:
+        if not any(part in name for part in only):
             continue
         a = torch.randn(m, k, generator=generator, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(n, k, generator=generator, device="cuda", dtype=torch.bfloat16)
@@ -319,7 +328,7 @@ def show(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="run the cases whose name contains one of these")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--record", action="store_true", help="write scaled_mm_choice.json")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ BYTES = {
     "quantize 40 x 64 per tensor + transposed": T * H * (2 + 2 + 1) + PADDED * H + 4,
     "quantize 3 of 40 x 64 as columns": 3 * T * H * (2 + 1) + 4 * T,
     "quantize 2 of 96 x 64 as rows, dithered": 2 * W * H * (2 + 1) + 4 * 2 * W,
+    "quantize a layer of 64 and 96, half of each weight": (4 + 2 * 1.5 + 1.5) * 32 * H * 3 + 256 * 4,
     "transpose 2 of 96 x 64": 2 * 2 * W * H + 4 * 2 * W + 4,
     "norm 40 x 64, input kept + codes": T * H * (2 + 2 + 1 + 1) + T * (4 + 1 + 4) + 2 * H,
     "norm_backward of norm 40 x 64": T * H * (2 + 1 + 2) + T * (1 + 4) + (2 + 4) * H,
@@ -58,7 +59,7 @@ def test_a_kernel_that_disagrees_has_no_figure(run, cases, monkeypatch):
     """Of each case every result is spoilt in turn: 1 % of it wrong."""
     monkeypatch.setattr(run, "milliseconds", lambda call: 1.0)
     name = "norm 40 x 64, input kept + codes"
-    [row, _] = run.run_memory(1e12, name, cases.values())  # and "layer norm"
+    [row, _] = run.run_memory(1e12, [name], cases.values())  # and "layer norm"
     moved = BYTES[name]
     assert row["parity"] and row["us"] == 1e3 and row["of copy"] == pytest.approx(moved / 1e-3 / 1e12)
     assert "of copy" in run.show(row)
@@ -71,6 +72,6 @@ def test_a_kernel_that_disagrees_has_no_figure(run, cases, monkeypatch):
             flat = wrong.view(torch.uint8) if wrong.element_size() == 1 else wrong
             flat.view(-1)[: max(1, flat.numel() // 100)] += 3
             spoilt = dataclasses.replace(case, call=lambda w=(*right[:i], wrong, *right[i + 1 :]): w)
-            [row] = run.run_memory(1e12, "", [spoilt])
+            [row] = run.run_memory(1e12, [""], [spoilt])
             assert row == {"case": case.name, "parity": False}, (case.name, i)
             assert "PARITY IS RED" in run.show(row)
