@@ -3,9 +3,9 @@ reference.
 
     python kernels/benchmarks/run.py [--only norm ...] [--json FILE] [--record]
 
-Memory-bound kernels are compared with the bandwidth of a device copy measured in the same run, matrix products with
-``torch._scaled_mm`` and with BF16. ``--record`` writes the comparison of Triton and cuBLASLt into
-scaled_mm_choice.json, from which ``coat_kernels.scaled_mm`` chooses. Needs a GPU.
+Memory-bound kernels are compared with device copies measured in the same run, one of 2 GiB and one that moves as many
+bytes as they do; matrix products with ``torch._scaled_mm`` and with BF16. ``--record`` writes the comparison of Triton
+and cuBLASLt into scaled_mm_choice.json, from which ``coat_kernels.scaled_mm`` chooses. Needs a GPU.
 """
 
 import argparse
@@ -266,6 +266,13 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
+def copy_of(size: int) -> float:
+    """Milliseconds of a device copy that reads and writes so many bytes together."""
+    source = torch.empty(size // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source))
+
+
 def run_memory(bandwidth: float, only: list[str], cases: Iterable[Case]) -> Iterator[dict]:
     for case in cases:
         if not any(name in case.name for name in only):
@@ -275,8 +282,12 @@ def run_memory(bandwidth: float, only: list[str], cases: Iterable[Case]) -> Iter
             yield {"case": case.name, "parity": False}
             continue
         ms = milliseconds(case.call)
-        rate = case.bytes(results) / (ms * 1e-3)
-        yield {"case": case.name, "parity": True, "us": ms * 1e3, "TB/s": rate / 1e12, "of copy": rate / bandwidth}
+        size = case.bytes(results)
+        rate = size / (ms * 1e-3)
+        yield {
+            "case": case.name, "parity": True, "us": ms * 1e3, "TB/s": rate / 1e12, "of copy": rate / bandwidth,
+            "of copy of this size": copy_of(size) / ms,
+        }  # fmt: skip
 
 
 def product_shapes() -> list[tuple[int, int, int, bool]]:
@@ -320,7 +331,10 @@ def show(row: dict) -> str:
     if not row["parity"]:
         return f"{row['case']:58s} PARITY IS RED: no figure"
     if "us" in row:
-        return f"{row['case']:58s} {row['us']:8.1f} us {row['TB/s']:6.2f} TB/s {row['of copy']:6.1%} of copy"
+        return (
+            f"{row['case']:58s} {row['us']:8.1f} us {row['TB/s']:6.2f} TB/s {row['of copy']:6.1%} of copy, "
+            f"{row['of copy of this size']:6.1%} of one of this size"
+        )
     tera = 2e-6 * row["m"] * row["n"] * row["k"]
     figures = [f"{name} {tera / row[name + '_us']:6.0f}" for name in ("triton", "cublaslt", "bf16")]
     return f"{row['case']:58s} TFLOP/s: {', '.join(figures)}"

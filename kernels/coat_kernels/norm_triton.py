@@ -328,6 +328,17 @@ def _norm_backward_wide_kernel(
                 tl.store(b_ptr, tl.load(b_ptr, mask=so_far, other=0.0) + dy, mask=inside)
 
 
+@triton.jit(do_not_specialize=["programs"])
+def _sum_kernel(sums_ptr, out_ptr, programs, width, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The sum of [P, H] over its programs, always in the same order. Grid: pieces of BLOCK_H columns."""
+    h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    total = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+    for begin in tl.range(0, programs, BLOCK_P):
+        p = begin + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(sums_ptr + p * width + h[None, :], mask=(p < programs) & (h < width)[None, :], other=0.0)
+    tl.store(out_ptr + h, tl.sum(total, axis=0), mask=h < width)
+
+
 def norm_backward(dy, x_q, x_s, mean, rstd, weight, offset, group_size, dx_dtype, dw, db):
     (tokens, width), device = x_q.shape, x_q.device
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
@@ -346,7 +357,11 @@ def norm_backward(dy, x_q, x_s, mean, rstd, weight, offset, group_size, dx_dtype
         GROUP=min(group_size, block_h), DW=int(dw), DB=int(db),
         BLOCK_T=block_t, BLOCK_H=block_h, STAGES=STAGES, num_warps=warps,
     )  # fmt: skip
-    return dx, sums.sum(0) if dw or db else sums[0]
+    total = torch.empty((dw + db, width), dtype=torch.float32, device=device)
+    if dw or db:
+        columns = total.numel()
+        _sum_kernel[(triton.cdiv(columns, 32),)](sums, total, programs, columns, BLOCK_P=64, BLOCK_H=32, num_warps=8)
+    return dx, total
 
 
 @triton.jit(do_not_specialize=["tokens", "lines"])

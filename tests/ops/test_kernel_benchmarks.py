@@ -58,10 +58,12 @@ def test_bytes(run, cases):
 def test_a_kernel_that_disagrees_has_no_figure(run, cases, monkeypatch):
     """Of each case every result is spoilt in turn: 1 % of it wrong."""
     monkeypatch.setattr(run, "milliseconds", lambda call: 1.0)
+    monkeypatch.setattr(run, "copy_of", lambda size: size / 1e12 * 1e3)
     name = "norm 40 x 64, input kept + codes"
     [row, _] = run.run_memory(1e12, [name], cases.values())  # and "layer norm"
     moved = BYTES[name]
     assert row["parity"] and row["us"] == 1e3 and row["of copy"] == pytest.approx(moved / 1e-3 / 1e12)
+    assert row["of copy of this size"] == pytest.approx(row["of copy"])
     assert "of copy" in run.show(row)
     for case in cases.values():
         right = run.as_tuple(case.call())
