@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .modules import average_by_copies
+    from .modules.allreduce import average_by_copies
     from .optim import CoatAdamW, CoatLion, CoatMuon, GradientRelease, muon_groups
 
 _HOMES = {
@@ -30,7 +30,7 @@ _HOMES = {
     "HfCoatConfig": "config",
     "TrainingArguments": "integrations.trainer",
     "apply_coat": "convert",
-    "average_by_copies": "modules",
+    "average_by_copies": "modules.allreduce",
     "muon_groups": "optim",
     "remove_coat": "convert",
     "with_coat": "integrations.trainer",

@@ -20,7 +20,7 @@ from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 
 from ..config import AllReduce, HfCoatConfig, OptimizerName
-from ..modules import average_by_copies
+from ..modules.allreduce import average_by_copies
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
 from .checkpoints import to_resume_from

@@ -1,6 +1,5 @@
 """The modules of a converted model; they know nothing of trainers."""
 
-from .allreduce import average_by_copies
 from .attention import AttentionState, CoatAttention, is_attention, plain_rotary
 from .converted import Converted, convert
 from .gather import gather_codes, gather_values, gathered_as_codes
@@ -24,7 +23,6 @@ __all__ = [
     "MLPState",
     "Merged",
     "NormState",
-    "average_by_copies",
     "convert",
     "fuse_loss",
     "gather_codes",

@@ -147,7 +147,7 @@ def average_by_copies(model: DistributedDataParallel) -> str | None:
         functools.partial(_distance, copies),
         copies.allocate,
         copies.meet,
-        functools.partial(copies.check, parameters[0].dtype),
+        *(functools.partial(copies.check, dtype) for dtype in dict.fromkeys(p.dtype for p in parameters)),
     ]
     with torch.cuda.device(copies.device if copies.device.type == "cuda" else -1):  # where NCCL gathers objects
         for step in steps:
