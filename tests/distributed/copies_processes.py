@@ -21,7 +21,7 @@ from hf_coat.modules import allreduce
 
 STEPS = 5  # DDP makes new buckets after the first one
 LATE = 10**8  # cycles of a GPU, tens of milliseconds
-SECONDS = 10  # after which a process gives up on another one, in the scenario "killed"
+SECONDS = 20  # after which a process gives up on another one, in the scenario "killed"
 
 
 class Net(nn.Module):
