@@ -20,7 +20,7 @@ from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 
 from ..config import AllReduce, HfCoatConfig, OptimizerName
-from ..modules.allreduce import average_by_copies
+from ..modules.allreduce import BUCKET_MIB, average_by_copies
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
 from .checkpoints import to_resume_from
@@ -180,6 +180,8 @@ def _prepare_training(trainer_class: type) -> None:
             handler = self.accelerator.ddp_handler
             if handler is not None:
                 handler.gradient_as_bucket_view = True
+                if self.args.ddp_bucket_cap_mb is None:
+                    handler.bucket_cap_mb = BUCKET_MIB
                 if coats[0].ddp_all_reduce is AllReduce.COPIES and type(handler) is DistributedDataParallelKwargs:
                     self.accelerator.ddp_handler = AveragedByCopies(**vars(handler))
         return own(self, resume_from_checkpoint, *args, **kwargs)

@@ -10,19 +10,25 @@ arithmetic is one short kernel. A bucket of n values is cut into one piece for e
     3. each process copies the others' results into the bucket
 
 Each value is averaged by one process, so that all have the same bits. Everything runs on a stream of its own. The
-received pieces and the received results lie apart, so two barriers are enough: a process writes pieces of the next
-bucket after the second barrier, before which they were averaged; and results after the next first barrier, which
-comes behind the copies of 3.
+barriers are numbers that the stream writes into the others' memory and waits for in its own, no kernels, which would
+take a multiprocessor from the backward while they wait. The received pieces and the received results lie apart, so two
+barriers are enough: a process writes pieces of the next bucket after the second barrier, before which they were
+averaged; and results after the next first barrier, which comes behind the copies of 3.
 
-Staging memory has a fixed size, 2 * :data:`TURN` bytes of each GPU, which the caching allocator does not count. It is
-made before the training starts, and a bucket that is larger takes several turns. Where a process has died the barriers
-of the others give up after the timeout of the process group (Trainer's ``ddp_timeout``), with a CUDA error, as NCCL
-does; launchers end the others before that.
+Staging memory has a fixed size, :data:`TURN` bytes for results and nearly as many for pieces, which the caching
+allocator does not count. It is made before the training starts, and a bucket that is larger takes several turns. A
+process whose bucket is not averaged within the timeout of the process group (Trainer's ``ddp_timeout``), because
+another one has died, ends itself, as it does under NCCL; launchers mostly end it before that.
 """
 
 import ctypes
 import functools
+import logging
+import os
 import platform
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +38,14 @@ import torch.distributed as dist
 from coat_kernels.average import DTYPES, average
 from torch.nn.parallel import DistributedDataParallel
 
-TURN = 64 * 2**20  # bytes of a bucket that are averaged at once
+logger = logging.getLogger(__name__)
+TURN = 256 * 2**20  # bytes of a bucket that are averaged at once
+BUCKET_MIB = 160  # of DDP's buckets, which with the parameter that fills them mostly take one turn
+FLAGS = 4096  # bytes behind the staging memory: a number for each process, int32
 ALIGN = 64  # values: pieces begin at multiples of it
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells hosts of one name apart
-NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: what barriers between GPUs are made of
+NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: NVLink has them, and PCIe mostly not
+AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, also once the numbers have come to their end and begin anew
 
 
 class Copies:
@@ -54,17 +64,43 @@ class Copies:
     def allocate(self) -> None:
         from torch._C._distributed_c10d import _SymmetricMemory
 
-        self.own = _SymmetricMemory.empty_strided_p2p((2 * TURN,), (1,), torch.uint8, self.device)
+        self.bytes = 2 * TURN - TURN // (FLAGS * self.size) * FLAGS
+        self.own = _SymmetricMemory.empty_strided_p2p((self.bytes + FLAGS,), (1,), torch.uint8, self.device)
+        self.own[self.bytes :].zero_().sum().item()  # they are zero before another process can write there
 
     def meet(self) -> None:
         """Map the memory of the others. All processes call this together."""
         from torch.distributed._symmetric_memory import rendezvous
 
-        handle = rendezvous(self.own, self.group.group_name)
-        timeout = self.group._get_backend(self.device).options._timeout
-        self.barrier = functools.partial(handle.barrier, 0, int(timeout.total_seconds() * 1000))
-        theirs = {p: handle.get_buffer(p, (2 * TURN,), torch.uint8) for p in self.others}
-        self.staging = [theirs.get(p, self.own) for p in range(self.size)]
+        self.handle = rendezvous(self.own, self.group.group_name)
+        theirs = {p: self.handle.get_buffer(p, self.own.shape, torch.uint8) for p in self.others}
+        memory = [theirs.get(p, self.own) for p in range(self.size)]
+        self.staging = [m[: self.bytes] for m in memory]
+        self.flags = [m.data_ptr() + self.bytes for m in memory]
+        self.rounds = 0
+
+    def barrier(self) -> None:
+        """Let the current stream wait until those of all processes are here."""
+        self.rounds = (self.rounds + 1) % 2**32
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        for p in self.others:
+            _driver("cuStreamWriteValue32_v2", stream, self.flags[p] + 4 * self.rank, self.rounds, 0)
+        for p in self.others:
+            _driver("cuStreamWaitValue32_v2", stream, self.flags[self.rank] + 4 * p, self.rounds, AT_LEAST)
+
+    def watch(self) -> None:
+        """Expect what the current stream has to do to be done within the timeout of the process group."""
+        done = torch.cuda.Event()
+        done.record()
+        self.expected.append((done, time.monotonic()))
+
+    @functools.cached_property
+    def expected(self) -> deque:
+        """What is watched, the oldest first: an event, and since when."""
+        expected: deque = deque()
+        timeout = self.group._get_backend(self.device).options._timeout.total_seconds()
+        threading.Thread(target=_end_if_late, args=(expected, timeout), daemon=True).start()
+        return expected
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
@@ -79,26 +115,27 @@ class Copies:
         step = ALIGN * self.size
         for turn in values.split(TURN // (values.element_size() * step) * step):
             self._average(turn)
+        self.watch()
 
     def _average(self, values: torch.Tensor) -> None:
         n, rank = values.numel(), self.rank
         size = -(-n // (ALIGN * self.size)) * ALIGN  # of a piece; the last ones may be shorter, or empty
         pieces = [values[p * size : (p + 1) * size] for p in range(self.size)]
         staging = [memory.view(values.dtype) for memory in self.staging]
-        results = staging[rank].numel() // 2  # where they begin: [N, size], behind the pieces [N - 1, size]
+        behind = TURN // values.element_size()  # the results, [N, size], lie the pieces, [N - 1, size]
         for p in self.others:
-            row = (rank - (rank > p)) * size
+            row = behind + (rank - (rank > p)) * size
             staging[p][row : row + pieces[p].numel()].copy_(pieces[p])
         self.barrier()
-        received = staging[rank][: (self.size - 1) * size].view(self.size - 1, size)
+        received = staging[rank][behind : behind + (self.size - 1) * size].view(self.size - 1, size)
         own, begin = pieces[rank], rank * size
         average(own, received[:, : own.numel()])
         for p in self.others:
-            staging[p][results + begin : results + begin + own.numel()].copy_(own)
+            staging[p][begin : begin + own.numel()].copy_(own)
         self.barrier()
-        received = staging[rank][results : results + n]
-        values[:begin].copy_(received[:begin])
-        values[begin + size :].copy_(received[begin + size :])
+        results = staging[rank][:n]
+        values[:begin].copy_(results[:begin])
+        values[begin + size :].copy_(results[begin + size :])
 
     def check(self, dtype: torch.dtype) -> str | None:
         """Average something whose average is known. All processes call this together."""
@@ -108,6 +145,33 @@ class Copies:
         values += self.rank
         self.average(values)
         return None if torch.equal(values, expected) else "copies between these GPUs do not arrive as they were sent"
+
+
+def _end_if_late(expected: deque, timeout: float) -> None:
+    """End the process when something is later than ``timeout`` seconds: nothing else could end a GPU's wait."""
+    while True:
+        time.sleep(min(5.0, timeout / 4))
+        while expected and expected[0][0].query():
+            expected.popleft()
+        if expected and time.monotonic() - expected[0][1] > timeout:
+            logger.critical(
+                f"COAT: gradients were not averaged within {timeout:g} s (ddp_timeout). Another process has died or "
+                "hangs: its own log says why. This one ends now, and the last complete checkpoint can be resumed"
+            )
+            os.abort()
+
+
+def _driver(function: str, *args: int) -> None:
+    """Call the CUDA driver: a stream, an address, a number, flags."""
+    kinds = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
+    error = getattr(_library(), function)(*(kind(value) for kind, value in zip(kinds, args, strict=True)))
+    if error:
+        raise RuntimeError(f"{function} gave the CUDA error {error}")
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def copies_hook(copies: Copies, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -129,7 +193,9 @@ def average_by_copies(model: DistributedDataParallel) -> str | None:
     that has no communication hook yet. All processes call it together, before the first backward, and all decide
     alike. Trainer's runs with ``coat=`` do it by themselves (``HfCoatConfig(ddp_all_reduce=...)``).
 
-        model = DistributedDataParallel(model, device_ids=[rank], gradient_as_bucket_view=True)
+        model = DistributedDataParallel(
+            model, device_ids=[rank], gradient_as_bucket_view=True, bucket_cap_mb=160
+        )
         why_not = hf_coat.average_by_copies(model)
 
     Args:
@@ -196,11 +262,11 @@ def _distance(copies: Copies) -> str | None:
     places = _gathered((host, seen[copies.device.index]), copies.group)
     if len({host for host, _ in places}) > 1:
         return "the processes are on several hosts"
-    found, driver = ctypes.c_int(), ctypes.CDLL("libcuda.so.1")
+    found = ctypes.c_int()
     for _, gpu in (places[p] for p in copies.others):
         if gpu not in seen:
             return "processes do not see each other's GPUs, expected one CUDA_VISIBLE_DEVICES for all of them"
         pair = copies.device.index, seen.index(gpu)
-        if driver.cuDeviceGetP2PAttribute(ctypes.byref(found), NATIVE_ATOMICS, *pair) or not found.value:
+        if _library().cuDeviceGetP2PAttribute(ctypes.byref(found), NATIVE_ATOMICS, *pair) or not found.value:
             return f"GPUs {pair[0]} and {pair[1]} have no atomic access to each other's memory, as NVLink gives it"
     return None

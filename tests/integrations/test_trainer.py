@@ -341,7 +341,13 @@ def test_what_averages_gradients_under_ddp(make, monkeypatch):
         settings = run.accelerator.ddp_handler.to_kwargs()
         run.train()
         assert type(run.accelerator.ddp_handler) is kind
-        assert run.accelerator.ddp_handler.to_kwargs() == settings | {"gradient_as_bucket_view": True}
+        assert run.accelerator.ddp_handler.to_kwargs() == settings | {
+            "gradient_as_bucket_view": True,
+            "bucket_cap_mb": 160,
+        }
+    run = make(coat="lean", ddp_bucket_cap_mb=30)
+    run.train()
+    assert run.accelerator.ddp_handler.bucket_cap_mb == 30
     run = make(coat="lean")
     run.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
     run.train()

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hf_coat.modules import allreduce
 from hf_coat.modules.allreduce import Copies, average_by_copies
 
 CPU = torch.device("cpu")
-TURN = 2**12  # bytes, so that larger buckets take several turns
+TURN = 2**14  # bytes, so that larger buckets take several turns
 SIZES = [1, 5000, 64, 63, 2049, 130, 4096, 200, 7]  # of buckets in their order, in values
 
 
@@ -29,16 +30,13 @@ class Memory:
 
     def rendezvous(self, tensor, name):
         self.tensors[int(name)] = tensor
-        chance = random.Random(name)
-
-        def barrier(channel, timeout_ms):
-            assert channel == 0 and timeout_ms == 90_000
-            time.sleep(chance.random() * 2e-3)
-            self.meeting.wait()
-            time.sleep(chance.random() * 2e-3)
-
         self.meeting.wait()
-        return SimpleNamespace(barrier=barrier, get_buffer=lambda p, shape, dtype: self.tensors[p])
+        return SimpleNamespace(get_buffer=lambda p, shape, dtype: self.tensors[p])
+
+    def barrier(self):
+        time.sleep(random.random() * 2e-3)
+        self.meeting.wait()
+        time.sleep(random.random() * 2e-3)
 
 
 def group(rank, size):
@@ -57,6 +55,8 @@ def in_threads(monkeypatch, size, work):
     monkeypatch.setattr(allreduce, "TURN", TURN)
     monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", memory)
     monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", memory.rendezvous)
+    monkeypatch.setattr(Copies, "barrier", lambda copies: memory.barrier())
+    monkeypatch.setattr(Copies, "watch", lambda copies: None)  # it needs a GPU
 
     def run(rank):
         try:
@@ -179,7 +179,7 @@ def host(monkeypatch, names, seen, atomics=1):
         found._obj.value = atomics
         return 0
 
-    monkeypatch.setattr(allreduce.ctypes, "CDLL", lambda name: SimpleNamespace(cuDeviceGetP2PAttribute=query))
+    monkeypatch.setattr(allreduce, "_library", lambda: SimpleNamespace(cuDeviceGetP2PAttribute=query))
     return allreduce._distance(Copies(group(0, 2), torch.device("cuda", 0))), asked
 
 
@@ -218,3 +218,21 @@ def test_all_steps_are_taken_in_their_order(monkeypatch, alike):
     assert taken == ["obstacle", "distance", "allocate", "meet", "check"]
     ((copies, hook),) = model.registered
     assert isinstance(copies, Copies) and hook is allreduce.copies_hook
+
+
+def test_who_waits_too_long_ends(monkeypatch, caplog):
+    """What is done in time is forgotten; the first that is not ends the process."""
+
+    class Ended(Exception):
+        pass
+
+    def abort():
+        raise Ended
+
+    monkeypatch.setattr(allreduce.os, "abort", abort)
+    monkeypatch.setattr(allreduce.time, "sleep", lambda seconds: None)
+    soon, never = SimpleNamespace(query=lambda: True), SimpleNamespace(query=lambda: False)
+    expected = deque([(soon, -100.0), (never, time.monotonic() - 3)])
+    with pytest.raises(Ended):
+        allreduce._end_if_late(expected, 2.0)
+    assert len(expected) == 1 and "not averaged within 2 s (ddp_timeout)" in caplog.text
