@@ -5,6 +5,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import types
 from concurrent.futures import Future
 from pathlib import Path
@@ -373,8 +375,7 @@ def test_the_two_private_names():
 RESUMABLE = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 KILLED = """
-import os, runpy
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else to look for a GPU starts CUDA, which no fork survives
+import os, runpy, sys
 tools = runpy.run_path(sys.argv[1])
 import hf_coat, torch
 from transformers import Trainer, TrainerCallback
@@ -383,14 +384,10 @@ class Kill(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         os._exit(17)
 
-for folder, dtype in zip(sys.argv[2::2], sys.argv[3::2]):
-    child = os.fork()  # each run is a process of its own, and they share the imports
-    if child == 0:
-        settings = tools["short_run"](folder, coat="lean", max_steps=4, save_strategy="steps", save_steps=2)
-        model, args = tools["tiny_llama"](getattr(torch, dtype)), hf_coat.TrainingArguments(**settings)
-        Trainer(model, args, train_dataset=tools["random_tokens"](), callbacks=[Kill()]).train()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+folder, dtype = sys.argv[2:]
+settings = tools["short_run"](folder, coat="lean", max_steps=4, save_strategy="steps", save_steps=2)
+model, args = tools["tiny_llama"](getattr(torch, dtype)), hf_coat.TrainingArguments(**settings)
+Trainer(model, args, train_dataset=tools["random_tokens"](), callbacks=[Kill()]).train()
 """
 
 
@@ -404,8 +401,16 @@ def resumed(make, tools, folder, dtype=torch.float32, **changes):
 def killed_runs(tmp_path_factory, tools):
     """Runs in processes of their own, which ended in the middle, right after a checkpoint. By dtype."""
     folders = {name: tmp_path_factory.mktemp(name) for name in DTYPES}
-    runs = [part for name, folder in folders.items() for part in (folder, str(DTYPES[name]).split(".")[1])]
-    tools.run_python(KILLED, tools.__file__, *runs)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, tools.__file__, folder, str(DTYPES[name]).split(".")[1]],
+            stderr=subprocess.PIPE, text=True,
+        )
+        for name, folder in folders.items()
+    ]  # fmt: skip
+    for run in runs:
+        _, said = run.communicate(timeout=300)
+        assert run.returncode == 17, said
     return folders
 
 
