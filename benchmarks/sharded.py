@@ -96,8 +96,7 @@ def through_trainer(peer: Peer, options) -> dict:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # for all peers, as for those with COAT
         reset_peak()
         loss = trainer.train().training_loss
-    hooks = [hook.__name__ for hook, _ in getattr(trainer.model_wrapped, "_comm_hooks", ())]
-    return figures(clock, traced.profiler, trainer.model, loss, options) | {"communication_hooks": hooks}
+    return figures(clock, traced.profiler, trainer.model, loss, options)
 
 
 def torchao_fsdp2(peer: Peer, options) -> dict:
@@ -149,7 +148,6 @@ PEERS = {
     "lean": Peer("lean"),
     "bf16-ddp": Peer(None, "ddp", "bf16"),
     "lean-ddp": Peer("lean", "ddp", "lean"),
-    "lean-ddp-nccl": Peer({"ddp_all_reduce": "nccl"}, "ddp", "lean"),  # DDP's own all-reduce
     "bf16-fsdp2": Peer(None, "fsdp2", "bf16"),
     "lean-fsdp2": Peer("lean", "fsdp2", "lean"),
     "lean-fsdp2-values": Peer({"model": {"fsdp_all_gather": "bf16"}}, "fsdp2", "lean"),  # gathered as BF16 has them
@@ -311,8 +309,6 @@ def show(row: dict, bf16_gather: int | None) -> str:
         parts.append(f"{row['efficiency']:.3f} of one GPU")
     if row["peak_gib"] is not None:
         parts.append(f"peak {row['peak_gib']:.1f} GiB")
-    if row.get("communication_hooks"):
-        parts.append(f"gradients by {', '.join(row['communication_hooks'])}")
     for kind, size in row["bytes_in_collectives"].items():
         beside = f" ({size / bf16_gather:.2f} of BF16's)" if kind == "all_gather" and bf16_gather else ""
         parts.append(f"{kind} {size / 2**30:.3g} GiB{beside}")

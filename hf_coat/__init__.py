@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .config import CoatConfig, CoatOptimizerConfig, HfCoatConfig
     from .convert import apply_coat, remove_coat
     from .integrations.trainer import CoatCallback, TrainingArguments, with_coat
-    from .modules.allreduce import average_by_copies
     from .optim import CoatAdamW, CoatLion, CoatMuon, GradientRelease, muon_groups
 
 _HOMES = {
@@ -30,7 +29,6 @@ _HOMES = {
     "HfCoatConfig": "config",
     "TrainingArguments": "integrations.trainer",
     "apply_coat": "convert",
-    "average_by_copies": "modules.allreduce",
     "muon_groups": "optim",
     "remove_coat": "convert",
     "with_coat": "integrations.trainer",
@@ -47,7 +45,6 @@ __all__ = [
     "HfCoatConfig",
     "TrainingArguments",
     "apply_coat",
-    "average_by_copies",
     "muon_groups",
     "remove_coat",
     "with_coat",

@@ -70,14 +70,6 @@ class AllGather(str, enum.Enum):
     BF16 = "bf16"
 
 
-class AllReduce(str, enum.Enum):
-    """What averages the gradients under DDP: ``copies``, the copy engines of linked GPUs of one host, see
-    :mod:`hf_coat.modules.allreduce`; ``nccl``, DDP's own all-reduce."""
-
-    COPIES = "copies"
-    NCCL = "nccl"
-
-
 class Region(str, enum.Enum):
     """Regions of a vision-language model; see :mod:`hf_coat.policy`."""
 
@@ -354,18 +346,15 @@ class HfCoatConfig:
         optimizer: What happens to the optimizer; None leaves it to ``TrainingArguments(optim=...)``.
         live: Whether a Trainer's log gets figures of speed, memory and rounding, see :mod:`hf_coat.live`. They change
             nothing in the training.
-        ddp_all_reduce: What averages the gradients of a Trainer's run under DDP, see :class:`AllReduce`. Where copies
-            cannot be, DDP's own all-reduce stays, and the Trainer says why.
 
     Raises:
         TypeError: For an unknown key or a value of the wrong type.
-        ValueError: When both halves are None, or for a value that is not one of the choices.
+        ValueError: When both halves are None.
     """
 
     model: CoatConfig | None = field(default_factory=CoatConfig)
     optimizer: CoatOptimizerConfig | None = field(default_factory=CoatOptimizerConfig)
     live: bool = True
-    ddp_all_reduce: AllReduce = AllReduce.COPIES
 
     def __post_init__(self):
         if isinstance(self.model, dict):
@@ -377,7 +366,6 @@ class HfCoatConfig:
             if not isinstance(value, (kind, type(None))):
                 raise TypeError(f"HfCoatConfig.{key} is {value!r}; it must be a {kind.__name__}, a dict or None")
         _check_boolean(self, "live")
-        _set_choice(self, "ddp_all_reduce", AllReduce, tuple(AllReduce))
         if self.model is None and self.optimizer is None:
             raise ValueError("HfCoatConfig.model and HfCoatConfig.optimizer are both None: nothing is left to do")
 

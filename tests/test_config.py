@@ -65,7 +65,6 @@ def test_repr_shows_what_is_not_default():
         (lambda: CoatConfig(fuse_loss="no"), TypeError, ["fuse_loss", "'no'", "True or False"]),
         (lambda: CoatConfig(frozen_weights="int8"), ValueError, ["frozen_weights", "'int8'", "'auto', 'fp8', 'bf16'"]),
         (lambda: CoatConfig(fsdp_all_gather="int8"), ValueError, ["fsdp_all_gather", "'int8'", "'fp8', 'bf16'"]),
-        (lambda: HfCoatConfig(ddp_all_reduce="gloo"), ValueError, ["ddp_all_reduce", "'gloo'", "'copies', 'nccl'"]),
         (lambda: CoatConfig(activations="off"), ValueError, ["activations", "'off'", "'lean', 'paper', 'bf16'"]),
         (
             lambda: CoatConfig(activations={"mlp": "x"}),

@@ -13,14 +13,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import transformers
-from accelerate.state import PartialState
-from accelerate.utils import DistributedDataParallelKwargs
-from torch.nn.parallel import DistributedDataParallel
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 
-from ..config import AllReduce, HfCoatConfig, OptimizerName
-from ..modules.allreduce import BUCKET_MIB, average_by_copies
+from ..config import HfCoatConfig, OptimizerName
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
 from .checkpoints import to_resume_from
@@ -30,6 +26,7 @@ from .model_card import keep_section
 __all__ = ["CoatCallback", "TrainingArguments", "with_coat"]  # the callback needs what is registered below
 
 COAT_ADAMW = "coat_adamw"
+DDP_BUCKET_MIB = 160  # NCCL sends large buckets faster; torch makes them of 25
 
 
 @dataclass
@@ -151,22 +148,11 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
     return OPTIMIZERS[name], settings
 
 
-class AveragedByCopies(DistributedDataParallelKwargs):
-    """What accelerate makes DDP with, and asks for a communication hook right afterwards, on all processes."""
-
-    def register_comm_hook(self, model: DistributedDataParallel) -> None:
-        super().register_comm_hook(model)  # one that was chosen stays
-        why_not = average_by_copies(model)
-        if PartialState().is_main_process:
-            how = "by copies between the GPUs" if why_not is None else f"as DDP does it: {why_not}"
-            logger.warning(f"COAT: gradients are averaged {how}")
-
-
 def _prepare_training(trainer_class: type) -> None:
     """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end.
 
     Under DDP gradients are views of its buckets. Otherwise they would be beside them, as large again, and copied into
-    them and back in each step. Trainer has no argument for it, and none for what averages them.
+    them and back in each step. Trainer has no argument for it. Its ``ddp_bucket_cap_mb`` is DDP_BUCKET_MIB by default.
     """
     own = trainer_class.train
     if getattr(own, "prepared_by_coat", False):
@@ -174,16 +160,13 @@ def _prepare_training(trainer_class: type) -> None:
 
     @functools.wraps(own)
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        coats = [c.coat for c in self.callback_handler.callbacks if isinstance(c, CoatCallback) and c.coat]
-        if coats:
+        if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
             resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
             handler = self.accelerator.ddp_handler
             if handler is not None:
                 handler.gradient_as_bucket_view = True
                 if self.args.ddp_bucket_cap_mb is None:
-                    handler.bucket_cap_mb = BUCKET_MIB
-                if coats[0].ddp_all_reduce is AllReduce.COPIES and type(handler) is DistributedDataParallelKwargs:
-                    self.accelerator.ddp_handler = AveragedByCopies(**vars(handler))
+                    handler.bucket_cap_mb = DDP_BUCKET_MIB
         return own(self, resume_from_checkpoint, *args, **kwargs)
 
     train.prepared_by_coat = True

@@ -1,7 +1,6 @@
 """FP8 kernels of COAT (arXiv 2410.19313): tensors in, tensors out. Needs torch, and Triton on a GPU; nothing else."""
 
 from .activation import ACTIVATIONS, activation, activation_backward, activation_transposed, activation_values
-from .average import average
 from .formats import Fp8Format, Granularity, ScaleFormat
 from .norm import norm, norm_backward, norm_transposed, norm_values
 from .quantize import dequantize, quantize, quantize_each, transpose
@@ -17,7 +16,6 @@ __all__ = [
     "activation_backward",
     "activation_transposed",
     "activation_values",
-    "average",
     "dequantize",
     "norm",
     "norm_backward",

@@ -119,7 +119,6 @@ def test_one_process_tells_and_writes(result, folder):
         assert second == []
         assert sum("converted" in line for line in first) == 1, first
         assert sum("the optimizer's states took" in line for line in first) == 1, first
-        assert sum("averaged as DDP does it: parameters are on cpu" in line for line in first) == (name == "full_ddp")
     record = json.loads((folder / "full-sharded-2" / "coat_run.json").read_text())
     assert record["hardware"]["processes"] == 2
 
@@ -187,7 +186,5 @@ def test_two_gpus(tmp_path):
     alone = result("full_ddp", 1)["losses"]
     for name in ("full_ddp", "full_sharded", "full_whole"):
         near(result(name)["losses"], alone)
-    assert sum("averaged by copies between the GPUs" in line for line in result("full_ddp")["said"]) == 1
-    assert result("full_ddp")["losses"] == result("full_ddp", rank=1)["losses"]
     for kind in ("sharded", "whole"):
         resumes_as_if_never_stopped(result, kind, saved=10)

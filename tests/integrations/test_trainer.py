@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainerCallback, trainer, trainer_optimizer
@@ -336,28 +335,17 @@ def test_an_optimizer_that_the_trainer_is_given_is_kept_with_a_warning(make, too
     assert any(line.startswith("WARNING") and "SGD" in line and "optimizer=None" in line for line in heard.lines)
 
 
-def test_what_averages_gradients_under_ddp(make, monkeypatch):
-    """accelerate asks what the Trainer has put there for a hook; one that the user chose stays."""
-    for coat, kind in (("lean", ours.AveragedByCopies), ({"ddp_all_reduce": "nccl"}, DistributedDataParallelKwargs)):
-        run = make(coat=coat)
-        settings = run.accelerator.ddp_handler.to_kwargs()
+def test_buckets_of_ddp(make):
+    """What accelerate will make DDP with, after the Trainer has begun; a size that was asked for stays."""
+    for chosen, size in ((None, ours.DDP_BUCKET_MIB), (30, 30)):
+        run = make(coat="lean", ddp_bucket_cap_mb=chosen)
         run.train()
-        assert type(run.accelerator.ddp_handler) is kind
-        assert run.accelerator.ddp_handler.to_kwargs() == settings | {
-            "gradient_as_bucket_view": True,
-            "bucket_cap_mb": 160,
-        }
-    run = make(coat="lean", ddp_bucket_cap_mb=30)
+        assert run.accelerator.ddp_handler.gradient_as_bucket_view
+        assert run.accelerator.ddp_handler.bucket_cap_mb == size
+    run = make(coat=None)
     run.train()
-    assert run.accelerator.ddp_handler.bucket_cap_mb == 30
-    run = make(coat="lean")
-    run.accelerator.ddp_handler.comm_hook = DDPCommunicationHookType.BF16
-    run.train()
-    seen = []
-    model = types.SimpleNamespace(register_comm_hook=lambda state, hook: seen.append(hook.__name__))
-    monkeypatch.setattr(ours, "average_by_copies", lambda model: seen.append("copies"))
-    run.accelerator.ddp_handler.register_comm_hook(model)
-    assert seen == ["bf16_compress_hook", "copies"], "copies are tried last, and see the other"
+    assert not run.accelerator.ddp_handler.gradient_as_bucket_view
+    assert run.accelerator.ddp_handler.bucket_cap_mb != ours.DDP_BUCKET_MIB
 
 
 def test_the_two_private_names():
