@@ -26,7 +26,6 @@ from .model_card import keep_section
 __all__ = ["CoatCallback", "TrainingArguments", "with_coat"]  # the callback needs what is registered below
 
 COAT_ADAMW = "coat_adamw"
-DDP_BUCKET_MIB = 160  # NCCL sends large buckets faster; torch makes them of 25
 
 
 @dataclass
@@ -152,7 +151,7 @@ def _prepare_training(trainer_class: type) -> None:
     """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end.
 
     Under DDP gradients are views of its buckets. Otherwise they would be beside them, as large again, and copied into
-    them and back in each step. Trainer has no argument for it. Its ``ddp_bucket_cap_mb`` is DDP_BUCKET_MIB by default.
+    them and back in each step. Trainer has no argument for it.
     """
     own = trainer_class.train
     if getattr(own, "prepared_by_coat", False):
@@ -162,11 +161,8 @@ def _prepare_training(trainer_class: type) -> None:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
             resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
-            handler = self.accelerator.ddp_handler
-            if handler is not None:
-                handler.gradient_as_bucket_view = True
-                if self.args.ddp_bucket_cap_mb is None:
-                    handler.bucket_cap_mb = DDP_BUCKET_MIB
+            if self.accelerator.ddp_handler is not None:
+                self.accelerator.ddp_handler.gradient_as_bucket_view = True
         return own(self, resume_from_checkpoint, *args, **kwargs)
 
     train.prepared_by_coat = True

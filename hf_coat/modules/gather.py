@@ -45,34 +45,28 @@ class LastRows:
         self.group, self.rank = mesh.shard_process_group, mesh.shard_mesh_rank
         with torch.inference_mode(False):
             self.values = torch.zeros(len(params), DITHER_VALUES, device=params[0].device)
-        self.ready, self.copies, self.shards = None, ([], []), None
+        self.ready = None
+        self.ours: list[tuple] = []  # of each row that is here: where it goes, whose it is, and where it is
+        for row, p in zip(self.values, params, strict=True):
+            owner, index = divmod(p._orig_size[0] - 1, p.padded_sharded_param_size[0])
+            if owner == self.rank:
+                width = p._orig_size[1]
+                self.ours.append((row[:width], p, slice(index * width, index * width + min(width, DITHER_VALUES))))
 
     @torch.no_grad()
     def agree(self) -> None:
         """Take the rows as they are now. All processes call this together."""
         if not any(p.sharded_param.requires_grad for p in self.params):  # frozen weights need no factor
             return
-        shards = [p._sharded_param_data.data_ptr() for p in self.params]
-        if shards != self.shards:  # they are others after a state dict was assigned
-            self.shards, self.copies = shards, self._find()
         self.values.zero_()
-        if self.copies[0]:
-            torch._foreach_copy_(*self.copies)
+        if self.ours:
+            torch._foreach_copy_(
+                [row for row, _, _ in self.ours], [p._sharded_param_data[where] for _, p, where in self.ours]
+            )
         torch.distributed.all_reduce(self.values, group=self.group)
         if self.values.is_cuda:
             self.ready = torch.cuda.Event()
             self.ready.record()
-
-    def _find(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The rows that are here, where they go, and where they are."""
-        ours, theirs = [], []
-        for row, p in zip(self.values, self.params, strict=True):
-            owner, index = divmod(p._orig_size[0] - 1, p.padded_sharded_param_size[0])
-            if owner == self.rank:
-                width = p._orig_size[1]
-                ours.append(row[:width])
-                theirs.append(p._sharded_param_data[index * width : index * width + min(width, DITHER_VALUES)])
-        return ours, theirs
 
     def wait(self) -> None:
         """Let the stream that is current wait for the rows: weights are quantized on one of FSDP2's own."""
@@ -108,7 +102,7 @@ class Shard:
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes as uint8 [rows, K] and scales, float32 [rows, 1], of this process's rows; those that pad are zero."""
         if self is self.together[0] or self.made is None:
-            _quantize(self.together)
+            _quantize(self.together if self is self.together[0] else [self])
         made, self.made = self.made, None
         return made, None
 

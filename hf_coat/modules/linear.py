@@ -32,6 +32,11 @@ def can_merge(linears: Sequence[nn.Linear]) -> bool:
     return len(kinds) == 1
 
 
+def _state(x: torch.Tensor) -> tuple[int | None, bool]:
+    """What a result for ``x`` depends on beside its values; tensors of inference mode count no changes."""
+    return None if x.is_inference() else x._version, torch.is_grad_enabled()
+
+
 class Merged:
     """Linears that read one input, q, k and v say, and run as one when the first of them is called.
 
@@ -59,13 +64,13 @@ class Merged:
             if (self.adapters[0] is None) != (adapter is None):  # PEFT took its layers away
                 self.adapters = [None] * len(self.members)
             ys = member.compute(x, [m.operand for m in self.members], self.biases(), self.cache, self.adapters)
-            self.input = weakref.ref(x), x._version, torch.is_grad_enabled()
+            self.input = weakref.ref(x), _state(x)
             self.waiting.update(enumerate(ys))
             return self.waiting.pop(0)
         if not self.waiting:
             return None
-        tensor, version, grad = self.input
-        if tensor() is not x or (version, grad) != (x._version, torch.is_grad_enabled()):
+        tensor, state = self.input
+        if tensor() is not x or state != _state(x):
             return None
         index = next(i for i, m in enumerate(self.members) if m is member)
         return self.waiting.pop(index, None) if (self.adapters[index] is None) == (adapter is None) else None

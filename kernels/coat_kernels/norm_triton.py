@@ -334,7 +334,7 @@ def _sum_kernel(sums_ptr, out_ptr, programs, width, BLOCK_P: tl.constexpr, BLOCK
     h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
     for begin in tl.range(0, programs, BLOCK_P):
-        p = begin + tl.arange(0, BLOCK_P)[:, None]
+        p = (begin + tl.arange(0, BLOCK_P)[:, None]).to(tl.int64)
         total += tl.load(sums_ptr + p * width + h[None, :], mask=(p < programs) & (h < width)[None, :], other=0.0)
     tl.store(out_ptr + h, tl.sum(total, axis=0), mask=h < width)
 

@@ -285,7 +285,9 @@ def quantize_each(
             )
         for part, row in zip(x, dither, strict=True):
             _check_dither("quantize_each", row, part.shape[1])
-    codes, scales = _quantize_each(x, [row.contiguous() for row in dither])
+            if row.device != first.device:
+                raise ValueError(f"quantize_each: dither is on {row.device}, expected {first.device} as x")
+    codes, scales = _quantize_each(x, dither)
     codes, scales = codes.split([part.numel() for part in x]), scales.split([part.shape[0] for part in x])
     return [(q.view(part.shape), s.view(-1, 1)) for part, q, s in zip(x, codes, scales, strict=True)]
 

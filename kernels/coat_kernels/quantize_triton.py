@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .formats import MAX_EXPONENT, round_up
 from .quantize import joint_shape, scale_shape
-from .tables_triton import find_row, on_device
+from .tables_triton import TRITON_DTYPES, find_row, on_device
 from .tiles_triton import (
     INTERPRETED,
     dither_factor,
@@ -372,11 +372,9 @@ def _quantize_parts(x, x_q, x_s, power_of_two):
     )  # fmt: skip
 
 
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
-
-
 def quantize_each(x, dither):
-    x, device = [part.contiguous() for part in x], x[0].device
+    x, dither, device = [part.contiguous() for part in x], [row.contiguous() for row in dither], x[0].device
+    dtype = torch.float8_e4m3fn
     block_h = min(next_power_of_2(max(part.shape[1] for part in x)), 4096)
     block_t = 4096 // block_h
     rows, values, tokens, programs = [], 0, 0, 0
@@ -387,7 +385,7 @@ def quantize_each(x, dither):
             programs += ceil_div(part.shape[0], block_t)
         values += part.numel()
         tokens += part.shape[0]
-    codes = torch.empty(values, dtype=torch.float8_e4m3fn, device=device)
+    codes = torch.empty(values, dtype=dtype, device=device)
     scales = torch.empty(tokens, dtype=torch.float32, device=device)
     if len(rows) < len(x):  # matrices of width 0 may have rows
         scales.fill_(torch.finfo(torch.float32).smallest_normal)
@@ -395,8 +393,8 @@ def quantize_each(x, dither):
         aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
         _quantize_each_kernel[(programs,)](
             on_device(tuple(rows), device), len(rows), scales, codes,
-            VALUES=_TRITON_DTYPES[x[0].dtype], ROW=_TRITON_DTYPES[dither[0].dtype] if dither else None, EMAX=8,
-            ALIGNMENT=16 if aligned else 1, BLOCK_T=block_t, BLOCK_H=block_h,
+            VALUES=TRITON_DTYPES[x[0].dtype], ROW=TRITON_DTYPES[dither[0].dtype] if dither else None,
+            EMAX=MAX_EXPONENT[dtype], ALIGNMENT=16 if aligned else 1, BLOCK_T=block_t, BLOCK_H=block_h,
         )  # fmt: skip
     return codes, scales
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .states import StateFormat, Weights, hashed, mixed
-from .tables_triton import on_device
+from .tables_triton import TRITON_DTYPES, on_device
 from .tiles_triton import INTERPRETED, to_float, to_fp8
 
 # The columns of the table, int64; the last one is what tables_triton.find_row reads.
@@ -425,9 +425,6 @@ def _narrow(x, DTYPE: tl.constexpr):
     return narrow
 
 
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
 def _scalars(lr, steps, places, betas, weights, seed, device) -> torch.Tensor:
     """What changes with the step, float32 [parameters, SCALARS]: made where the steps are."""
     where = steps[0].device
@@ -495,7 +492,7 @@ def launch(
             scalars = _scalars(lr, of_rows, places, betas, mode, seed, skipped.device)
             kernel[(programs,)](
                 table, scalars, len(rows), skipped, *constants,
-                PARAM=_TRITON_DTYPES[param_dtype], GRAD=_TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
+                PARAM=TRITON_DTYPES[param_dtype], GRAD=TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,
                 HALVES=cut.halves and lanes >= LEAST_HALVED, num_warps=WARPS,

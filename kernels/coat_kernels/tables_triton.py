@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_TABLES = 256
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float16: tl.float16}
+MOST_TABLES = 256  # an optimizer has a few, FSDP2 one for each layer
 _tables: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # the last ones, by what they hold
 _captured: list[torch.Tensor] = []  # those that CUDA graphs read
 

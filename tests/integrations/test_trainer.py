@@ -335,19 +335,6 @@ def test_an_optimizer_that_the_trainer_is_given_is_kept_with_a_warning(make, too
     assert any(line.startswith("WARNING") and "SGD" in line and "optimizer=None" in line for line in heard.lines)
 
 
-def test_buckets_of_ddp(make):
-    """What accelerate will make DDP with, after the Trainer has begun; a size that was asked for stays."""
-    for chosen, size in ((None, ours.DDP_BUCKET_MIB), (30, 30)):
-        run = make(coat="lean", ddp_bucket_cap_mb=chosen)
-        run.train()
-        assert run.accelerator.ddp_handler.gradient_as_bucket_view
-        assert run.accelerator.ddp_handler.bucket_cap_mb == size
-    run = make(coat=None)
-    run.train()
-    assert not run.accelerator.ddp_handler.gradient_as_bucket_view
-    assert run.accelerator.ddp_handler.bucket_cap_mb != ours.DDP_BUCKET_MIB
-
-
 def test_the_two_private_names():
     """TrainingArguments(coat=...) stands on these. If one is gone, test_the_public_fallback shows what still works."""
     assert trainer.DEFAULT_CALLBACKS.count(ours.FollowsArguments) == 1
@@ -396,9 +383,13 @@ def killed_runs(tmp_path_factory, tools):
         )
         for name, folder in folders.items()
     ]  # fmt: skip
-    for run in runs:
-        _, said = run.communicate(timeout=300)
-        assert run.returncode == 17, said
+    try:
+        for run in runs:
+            _, said = run.communicate(timeout=300)
+            assert run.returncode == 17, said
+    finally:
+        for run in runs:
+            run.kill()
     return folders
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import coat_kernels as ck
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 
 from hf_coat import CoatConfig, apply_coat, remove_coat
 from hf_coat.functional import Adapter, Gate, GatheredWeight, coat_linear, coat_lora, coat_mlp
-from hf_coat.modules import CoatLinear
-from hf_coat.modules.gather import CodeGather
+from hf_coat.modules import CoatLinear, gather
+from hf_coat.modules.gather import CodeGather, Shard
 
 K = 48
 
@@ -118,3 +119,36 @@ def test_without_fsdp2_the_hook_does_nothing():
     for config in (CoatConfig(fsdp_all_gather="bf16"), CoatConfig(granularity="tensor")):
         apply_coat(model, config)
         assert not model._forward_pre_hooks
+
+
+def test_the_first_of_a_group_quantizes_for_all(device, monkeypatch):
+    """Trained and frozen weights of one group, asked in any order: the codes of the weights as they are."""
+    shapes, trained = [(16, K), (8, K), (24, 2 * K), (8, K)], [True, False, True, False]
+    weights = [weight(*shape, device=device).detach() for shape in shapes]
+    rows = SimpleNamespace(values=torch.randn(4, 256, device=device), wait=lambda: None)
+    shards = [
+        Shard(
+            SimpleNamespace(
+                sharded_param=SimpleNamespace(requires_grad=train),
+                _sharded_param_data=w.view(-1),
+                padded_sharded_param_size=w.shape,
+                device=w.device,
+            ),
+            rows,
+            i,
+        )
+        for i, (w, train) in enumerate(zip(weights, trained, strict=True))
+    ]
+    launches, quantize_each = [], ck.quantize_each
+    monkeypatch.setattr(gather, "quantize_each", lambda x, dither: launches.append(len(x)) or quantize_each(x, dither))
+    for shard in shards:
+        shard.together = shards
+    for order in ([0, 1, 2, 3], [2], [3, 1], [0, 1, 2, 3]):
+        for i in order:
+            (codes, scale), _ = shards[i].fsdp_pre_all_gather(None, None, None, None, None)
+            q, _, s = ck.quantize(weights[i], dither=rows.values[i] if trained[i] else False)
+            assert torch.equal(codes, q.view(torch.uint8)) and torch.equal(scale, s)
+        assert all(shard.made is None for shard in shards)
+        for w in weights:
+            w *= 3
+    assert launches == [2, 2, 1, 1, 1, 2, 2]

@@ -8,7 +8,9 @@ import torch
 from coat_kernels import Fp8Format, Granularity
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_coat import apply_coat
 from hf_coat.config import PRESETS, CoatConfig
 from hf_coat.modules import CoatLinear
 
@@ -151,6 +153,18 @@ def test_train_and_eval_and_no_grad_are_the_same_numbers(device, config):
     with torch.inference_mode():
         inferred = layer(x.clone())
     assert torch.equal(train, evaluated) and torch.equal(train, silent) and torch.equal(train, inferred)
+
+
+def test_a_model_in_inference_mode(device):
+    """q, k and v run as one there too; a tensor of inference mode counts no changes."""
+    settings = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(device, torch.bfloat16)
+    apply_coat(model)
+    ids = torch.arange(12, device=device).view(1, 12)
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])

@@ -454,7 +454,12 @@ def test_bad_input_of_transpose_is_named(x_q, scale, message):
         ck.transpose(x_q, scale)
 
 
-EACH = [[(8, 64), (3, 5000), (16, 64)], [(1, 17), (37, 100), (0, 48), (5, 4096)], [(2, 0), (6, 33)]]
+EACH = [
+    [(8, 64), (3, 4112), (16, 64)],
+    [(8, 64), (3, 5000), (16, 64)],
+    [(1, 17), (37, 100), (0, 48), (5, 4096)],
+    [(2, 0), (6, 33)],
+]
 
 
 @pytest.mark.parametrize("shapes", EACH)
@@ -469,9 +474,27 @@ def test_quantize_each_parity(twin, same_codes, device, shapes, dithered, dtype)
     same_codes(actual[0], expected[0])
 
 
+def test_quantize_each_parity_of_what_lies_anywhere(twin, same_codes, device):
+    """An address that is no multiple of 16, strided values and rows, rows with no finite scale or a tiny one."""
+    base = sample(1, 8 * 64 + 1, torch.float32).flatten()
+    strided = sample(6, 130, torch.float32)[:, ::2]
+    strided[0], strided[1, 3], strided[2] = 0.0, float("inf"), 1e-39
+    rows = [sample(1, 512, torch.float32)[0, ::2], sample(2, 256, torch.float32)[1]]
+    expected = quantize_each_ref([base[1:].view(8, 64), strided], rows)
+    base, strided = base.to(device), sample(6, 130, torch.float32).to(device)[:, ::2]
+    strided[0], strided[1, 3], strided[2] = 0.0, float("inf"), 1e-39
+    rows = [sample(1, 512, torch.float32).to(device)[0, ::2], rows[1].to(device)]
+    codes, scales = twin.quantize_each([base[1:].view(8, 64), strided], rows)
+    assert torch.equal(scales.cpu().nan_to_num(7.0), expected[1].nan_to_num(7.0))
+    broken = slice(8 * 64 + 65, 8 * 64 + 130)  # codes of the row that has no scale, which do not matter
+    for made in (codes, expected[0]):
+        made.view(torch.uint8)[broken] = 0
+    same_codes(codes, expected[0])
+
+
 def test_quantize_each_is_quantize_of_each(device):
-    x = [sample(*shape).to(device) for shape in EACH[1]]
-    rows = [torch.randn(256).to(device) for _ in x]
+    x = [sample(*shape).to(device) for shape in EACH[2]]
+    rows = [torch.randn(256, generator=torch.Generator().manual_seed(i)).to(device) for i in range(len(x))]
     for (codes, scale), part, row in zip(ck.quantize_each(x, rows), x, rows, strict=True):
         q, _, s = ck.quantize(part, dither=row)
         assert torch.equal(codes.view(torch.uint8), q.view(torch.uint8))
@@ -493,3 +516,5 @@ def test_quantize_each_refuses_what_does_not_fit():
         ck.quantize_each(x, [torch.ones(256)])
     with pytest.raises(ValueError, match="expected a row of 64 values"):
         ck.quantize_each(x, [torch.ones(63), torch.ones(256)])
+    with pytest.raises(ValueError, match="dither is on meta, expected cpu"):
+        ck.quantize_each(x, [torch.ones(256), torch.ones(256, device="meta")])
