@@ -101,8 +101,9 @@ class Shard:
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Codes as uint8 [rows, K] and scales, float32 [rows, 1], of this process's rows; those that pad are zero."""
-        if self is self.together[0] or self.made is None:
-            _quantize(self.together if self is self.together[0] else [self])
+        first = self is self.together[0]
+        if first or self.made is None:
+            _quantize(self.together if first else [self])
         made, self.made = self.made, None
         return made, None
 

@@ -476,15 +476,16 @@ def test_quantize_each_parity(twin, same_codes, device, shapes, dithered, dtype)
 
 def test_quantize_each_parity_of_what_lies_anywhere(twin, same_codes, device):
     """An address that is no multiple of 16, strided values and rows, rows with no finite scale or a tiny one."""
-    base = sample(1, 8 * 64 + 1, torch.float32).flatten()
-    strided = sample(6, 130, torch.float32)[:, ::2]
-    strided[0], strided[1, 3], strided[2] = 0.0, float("inf"), 1e-39
-    rows = [sample(1, 512, torch.float32)[0, ::2], sample(2, 256, torch.float32)[1]]
-    expected = quantize_each_ref([base[1:].view(8, 64), strided], rows)
-    base, strided = base.to(device), sample(6, 130, torch.float32).to(device)[:, ::2]
-    strided[0], strided[1, 3], strided[2] = 0.0, float("inf"), 1e-39
-    rows = [sample(1, 512, torch.float32).to(device)[0, ::2], rows[1].to(device)]
-    codes, scales = twin.quantize_each([base[1:].view(8, 64), strided], rows)
+
+    def arguments(where):  # views do not stay views on their way to a GPU
+        shifted = sample(1, 8 * 64 + 1, torch.float32, where).flatten()[1:].view(8, 64)
+        strided = sample(6, 130, torch.float32, where)[:, ::2]
+        strided[0], strided[1, 3], strided[2] = 0.0, float("inf"), 1e-39
+        rows = [sample(1, 512, torch.float32, where)[0, ::2], sample(2, 256, torch.float32, where)[1]]
+        return [shifted, strided], rows
+
+    expected = quantize_each_ref(*arguments("cpu"))
+    codes, scales = twin.quantize_each(*arguments(device))
     assert torch.equal(scales.cpu().nan_to_num(7.0), expected[1].nan_to_num(7.0))
     broken = slice(8 * 64 + 65, 8 * 64 + 130)  # codes of the row that has no scale, which do not matter
     for made in (codes, expected[0]):
