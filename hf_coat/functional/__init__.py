@@ -1,6 +1,7 @@
 """The differentiable functions of COAT: what is computed in FP8, and what is kept in FP8 for the backward."""
 
 from .attention import coat_rotary, keep_attention
+from .buckets import write_into_buckets
 from .gathered import GatheredWeight
 from .linear import coat_linear
 from .lora import Adapter, coat_lora
@@ -24,4 +25,5 @@ __all__ = [
     "coat_rotary",
     "keep_attention",
     "sampled",
+    "write_into_buckets",
 ]

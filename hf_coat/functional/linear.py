@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from coat_kernels import Fp8Format, Granularity, quantize, scaled_mm, transpose
 
+from .buckets import runs, take_places
 from .operands import (
     QuantizedInput,
     Weight,
@@ -31,8 +32,8 @@ from .operands import (
 )
 
 
-def weight_gradient(dy_q, dy_s, dy_qt, x_s, kept, rebuild, out_dtype) -> torch.Tensor:
-    """``dw [N, K] = dy.T @ x`` in FP8.
+def weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, rebuild, weights) -> Sequence[torch.Tensor]:
+    """``dw [N_i, K] = dy_i.T @ x`` in FP8 for each of the weights: as one product, or in DDP's buckets.
 
     Args:
         dy_q: Codes of the output's gradient [T, N], with ``dy_s``, float32 [T, 1] or [1, 1].
@@ -40,21 +41,29 @@ def weight_gradient(dy_q, dy_s, dy_qt, x_s, kept, rebuild, out_dtype) -> torch.T
         x_s: Scales of the input's codes, float32 [T, 1] or [1, 1].
         kept: What was kept of the input, see ``QuantizedInput.kept``.
         rebuild: ``Source.rebuild`` of the input, or None.
-        out_dtype: BF16 or FP32.
+        weights: [N_i, K], BF16 or FP32, which the gradients are too; N is the sum of all N_i.
     """
     if dy_qt is not None:  # one scale per tensor
-        x_qt = kept[0] if rebuild is None else rebuild(x_s, *kept)
-        return scaled_mm(dy_qt, x_qt, dy_s, x_s, out_dtype=out_dtype)
-    if rebuild is not None:
+        operands = dy_qt, kept[0] if rebuild is None else rebuild(x_s, *kept), dy_s, x_s
+    elif rebuild is not None:
         top = x_s.amax(dim=(0, 1), keepdim=True)
         dy_qt, dy_top = transpose(dy_q, dy_s)
-        return scaled_mm(dy_qt, rebuild(top, *kept), dy_top, top, out_dtype=out_dtype)
-    # The products of a token share both its scales, so one operand, the narrower one, is moved to carry both.
-    x_q, both = kept[0], x_s * dy_s
-    x_moves = x_q.shape[1] <= dy_q.shape[1]
-    x_qt, x_top = transpose(x_q, both if x_moves else None)
-    dy_qt, dy_top = transpose(dy_q, None if x_moves else both)
-    return scaled_mm(dy_qt, x_qt, x_top if x_moves else dy_top, both.new_ones(1, 1), out_dtype=out_dtype)
+        operands = dy_qt, rebuild(top, *kept), dy_top, top
+    else:  # The products of a token share both its scales, so one operand, the narrower one, is moved to carry both.
+        x_q, both = kept[0], x_s * dy_s
+        x_moves = x_q.shape[1] <= dy_q.shape[1]
+        x_qt, x_top = transpose(x_q, both if x_moves else None)
+        dy_qt, dy_top = transpose(dy_q, None if x_moves else both)
+        operands = dy_qt, x_qt, x_top if x_moves else dy_top, both.new_ones(1, 1)
+    dy_qt, *others = operands
+    places, out_dtype = take_places(weights), weights[0].dtype
+    if places is None:
+        dw = scaled_mm(dy_qt, *others, out_dtype=out_dtype)
+        return dw.split([len(w) for w in weights]) if len(weights) > 1 else (dw,)
+    together = runs(places)
+    for rows, out in zip(dy_qt.split([len(out) for out in together]), together, strict=True):
+        scaled_mm(rows, *others, out_dtype=out_dtype, out=out)
+    return places
 
 
 _SETTINGS = 12  # arguments of _CoatLinear before its weights
@@ -95,8 +104,7 @@ class _CoatLinear(torch.autograd.Function):
             w_qt, top = transposed_weights(weights, w_s, ctx.cache)
             dx = scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=dys[0].dtype).to(ctx.x_dtype).view(ctx.x_shape)
         if needs_dw:
-            dw = weight_gradient(dy_q, dy_s, dy_qt, x_s, kept, ctx.rebuild, weights[0].dtype)
-            dws = dw.split([w.shape[0] for w in weights]) if ctx.many > 1 else [dw]
+            dws = weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, ctx.rebuild, weights)
         if needs_db:
             dbs = [dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) for dy in dys]
         return dx, *[None] * (_SETTINGS - 1), *dws, *dbs, *[None] * (len(needs) - 2 * ctx.many)

@@ -24,7 +24,7 @@ from coat_kernels import (
     scaled_mm,
 )
 
-from .linear import compute_dtype, weight_gradient
+from .linear import compute_dtype, weight_gradients
 from .operands import (
     Demand,
     Source,
@@ -176,7 +176,7 @@ class _CoatMLP(torch.autograd.Function):
         del down_qt
         if needs_down:
             again = functools.partial(_codes_again, **how)
-            ddown = weight_gradient(dy_q, dy_s, None, h_s, (kept_q, kept_s), again, down.dtype)
+            (ddown,) = weight_gradients(dy_q, dy_s, None, h_s, (kept_q, kept_s), again, (down,))
         needs_db = any(needs[ctx.many + 1 : 2 * ctx.many + 1])
         _, d_q, d_s = activation_backward(dh, kept_q, kept_s, **how, codes=True, code_dtype=ctx.grad_dtype)
         dbs = [None] * (ctx.many + 1)
@@ -193,8 +193,7 @@ class _CoatMLP(torch.autograd.Function):
             dx = scaled_mm(d_q, w_qt, d_s, top, out_dtype=ctx.x_dtype).view(ctx.x_shape)
             del w_qt
         if needs_dw:
-            dw = weight_gradient(d_q, d_s, None, x_s, kept, ctx.rebuild, firsts[0].dtype)
-            dws = dw.split([w.shape[0] for w in firsts]) if ctx.many > 1 else [dw]
+            dws = weight_gradients(d_q, d_s, None, x_s, kept, ctx.rebuild, firsts)
         dbs = [db if db is None else db.to(dtype) for db, dtype in zip(dbs, ctx.bias_dtypes, strict=True)]
         return dx, *[None] * (_SETTINGS - 1), *dws, ddown, *dbs, *[None] * (len(needs) - 2 * (ctx.many + 1))
 

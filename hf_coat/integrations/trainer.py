@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import transformers
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+from torch.nn.parallel import DistributedDataParallel
 from transformers import trainer as hf_trainer
 from transformers import trainer_optimizer
 
 from ..config import HfCoatConfig, OptimizerName
+from ..functional import write_into_buckets
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
 from .checkpoints import to_resume_from
@@ -147,11 +150,20 @@ def _make_coat_adamw(context: trainer_optimizer.OptimizerContext) -> tuple[type[
     return OPTIMIZERS[name], settings
 
 
+class GradientsInBuckets(DistributedDataParallelKwargs):
+    """What accelerate makes DDP with, and what it asks for a communication hook right afterwards."""
+
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        super().register_comm_hook(model)
+        if self.comm_hook is DDPCommunicationHookType.NO:  # one that was chosen stays
+            write_into_buckets(model)
+
+
 def _prepare_training(trainer_class: type) -> None:
     """Let ``train`` of runs with COAT resume only from checkpoints that were written to their end.
 
-    Under DDP gradients are views of its buckets. Otherwise they would be beside them, as large again, and copied into
-    them and back in each step. Trainer has no argument for it.
+    Under DDP gradients are views of its buckets, and those of converted linears are made there. Otherwise they would
+    be beside them, as large again, and copied into them and back in each step. Trainer has no argument for it.
     """
     own = trainer_class.train
     if getattr(own, "prepared_by_coat", False):
@@ -161,8 +173,11 @@ def _prepare_training(trainer_class: type) -> None:
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if any(isinstance(callback, CoatCallback) and callback.coat for callback in self.callback_handler.callbacks):
             resume_from_checkpoint = to_resume_from(self.args, resume_from_checkpoint, self.is_world_process_zero())
-            if self.accelerator.ddp_handler is not None:
-                self.accelerator.ddp_handler.gradient_as_bucket_view = True
+            handler = self.accelerator.ddp_handler
+            if handler is not None:
+                handler.gradient_as_bucket_view = True
+                if type(handler) is DistributedDataParallelKwargs:
+                    self.accelerator.ddp_handler = GradientsInBuckets(**vars(handler))
         return own(self, resume_from_checkpoint, *args, **kwargs)
 
     train.prepared_by_coat = True

@@ -17,6 +17,7 @@ from ._registry import register
 from .formats import FP8_DTYPES
 
 OUT_DTYPES = (torch.bfloat16, torch.float32)
+ALIGN = 16  # bytes: memory for a result begins at a multiple of them
 
 
 def same_depth(a_q: torch.Tensor, b_q: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +39,10 @@ def scaled_mm_ref(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum):
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
+def scaled_mm_into_ref(a_q, b_q, a_s, b_s, bias, fast_accum, out):
+    out.copy_(scaled_mm_ref(a_q, b_q, a_s, b_s, bias, out.dtype, fast_accum))
+
+
 _scaled_mm = register(
     "scaled_mm(Tensor a_q, Tensor b_q, Tensor a_s, Tensor b_s, Tensor? bias, ScalarType out_dtype, bool fast_accum) "
     "-> Tensor",
@@ -46,6 +51,13 @@ _scaled_mm = register(
         (a_q.shape[0], b_q.shape[0]), dtype=out_dtype
     ),
     "scaled_mm_triton:scaled_mm",
+)
+_scaled_mm_into = register(
+    "scaled_mm_into(Tensor a_q, Tensor b_q, Tensor a_s, Tensor b_s, Tensor? bias, bool fast_accum, Tensor(a!) out) "
+    "-> ()",
+    scaled_mm_into_ref,
+    lambda a_q, b_q, a_s, b_s, bias, fast_accum, out: None,
+    "scaled_mm_triton:scaled_mm_into",
 )
 
 
@@ -58,6 +70,7 @@ def scaled_mm(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     fast_accum: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply FP8 codes: ``y [M, N] = (a_q [M, K] @ b_q [N, K].T) * a_s * b_s.T + bias``.
 
@@ -73,9 +86,10 @@ def scaled_mm(
         bias: BF16 or FP32 values [N], added after scaling.
         out_dtype: ``torch.bfloat16`` or ``torch.float32``.
         fast_accum: Sum in the tensor core's own accumulator. Faster by a few percent; meant for the forward product.
+        out: Where to write the product: [M, N] in ``out_dtype``, contiguous, at a multiple of :data:`ALIGN` bytes.
 
     Returns:
-        [M, N] in ``out_dtype``.
+        [M, N] in ``out_dtype``; ``out``, where it is given.
     """
     for name, codes, scale in (("a", a_q, a_s), ("b", b_q, b_s)):
         if codes.dtype not in FP8_DTYPES or codes.dim() != 2:
@@ -93,4 +107,14 @@ def scaled_mm(
         raise ValueError(f"scaled_mm: bias is {list(bias.shape)}, expected [{b_q.shape[0]}]")
     if out_dtype not in OUT_DTYPES:
         raise TypeError(f"scaled_mm: out_dtype is {out_dtype}, expected torch.bfloat16 or torch.float32")
-    return _scaled_mm(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum)
+    if out is None:
+        return _scaled_mm(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum)
+    shape = (a_q.shape[0], b_q.shape[0])
+    offset = out.data_ptr() % ALIGN
+    if tuple(out.shape) != shape or out.dtype != out_dtype or not out.is_contiguous() or offset:
+        raise ValueError(
+            f"scaled_mm: out is {out.dtype} {list(out.shape)} with strides {list(out.stride())}, {offset} bytes "
+            f"behind a multiple of {ALIGN}; expected contiguous {out_dtype} {list(shape)} at such a multiple"
+        )
+    _scaled_mm_into(a_q, b_q, a_s, b_s, bias, fast_accum, out)
+    return out

@@ -75,11 +75,11 @@ def tile_of(m: int, n: int, fast_accum: bool) -> dict[str, int]:
     return dict(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=3)
 
 
-def by_triton(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, tile: dict[str, int] | None = None):
+def by_triton(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out=None, tile: dict[str, int] | None = None):
     """The persistent kernel. Any M and N; K is padded to the 16 bytes that a tensor descriptor asks for."""
     a_q, b_q = (codes.contiguous() for codes in same_depth(a_q, b_q, 16))
     (m, k), n = a_q.shape, b_q.shape[0]
-    y = torch.empty(m, n, dtype=out_dtype, device=a_q.device)
+    y = torch.empty(m, n, dtype=out_dtype, device=a_q.device) if out is None else out
     if m == 0 or n == 0:
         return y
     if k == 0:
@@ -110,7 +110,7 @@ def cublaslt_takes(n: int, k: int, per_row: bool, bias: torch.Tensor | None, out
     return n % 16 == 0 and k % 16 == 0 and k > 0 and (out_dtype == torch.bfloat16 or plain)
 
 
-def by_cublaslt(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum):
+def by_cublaslt(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out=None):
     """``torch._scaled_mm``; where either operand has a scale per row, it wants them for both."""
     a_q, b_q = (codes.contiguous() for codes in same_depth(a_q, b_q, 16))
     if a_s.shape[0] > 1 or b_s.shape[0] > 1:
@@ -118,7 +118,7 @@ def by_cublaslt(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum):
         b_s = b_s.expand(b_q.shape[0], 1).contiguous()
     bias = None if bias is None else bias.to(torch.bfloat16)
     return torch._scaled_mm(
-        a_q, b_q.t(), a_s, b_s.t(), bias=bias, out_dtype=out_dtype, use_fast_accum=fast_accum
+        a_q, b_q.t(), a_s, b_s.t(), bias=bias, out_dtype=out_dtype, use_fast_accum=fast_accum, out=out
     )  # fmt: skip
 
 
@@ -150,11 +150,15 @@ def choose(device_name: str, m: int, n: int, k: int, fast_accum: bool, override:
     return min(BACKENDS, key=lambda backend: nearest[f"{backend}_us"])
 
 
-def scaled_mm(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum):
+def scaled_mm(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out=None):
     m, n, k = a_q.shape[0], b_q.shape[0], max(a_q.shape[1], b_q.shape[1])
     per_row = a_s.shape[0] > 1 or b_s.shape[0] > 1
     if m > 0 and cublaslt_takes(n, -(-k // 16) * 16, per_row, bias, out_dtype):
         override = os.environ.get("COAT_SCALED_MM")
         if choose(gpu_name(a_q.device), m, n, k, fast_accum, override) == "cublaslt":
-            return by_cublaslt(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum)
-    return by_triton(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum)
+            return by_cublaslt(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out)
+    return by_triton(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out)
+
+
+def scaled_mm_into(a_q, b_q, a_s, b_s, bias, fast_accum, out):
+    scaled_mm(a_q, b_q, a_s, b_s, bias, out.dtype, fast_accum, out)

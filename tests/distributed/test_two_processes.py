@@ -13,7 +13,7 @@ import torch
 WORKER = Path(__file__).with_name("two_processes.py")
 SECONDS = 300  # all of it takes about 60 where nothing else runs
 IN_ONE = ["adamw", "stochastic", "coat", "coat_lora", "coat_ddp", "heads", "released", "muon", "resumed"]
-IN_TWO = [*IN_ONE, "full", "refused", "gathered", "gathered_saved", "gathered_undone", "killed"]
+IN_TWO = [*IN_ONE, "in_buckets", "full", "refused", "gathered", "gathered_saved", "gathered_undone", "killed"]
 KILLED = 17
 
 
@@ -142,6 +142,21 @@ def test_a_converted_model(results, scenario):
     assert alone["params"].keys() == first["params"].keys()
     for name, value in alone["params"].items():
         assert (value - first["params"][name]).abs().max() <= 1e-2 / 16, name
+
+
+def test_gradients_are_made_in_the_buckets(results):
+    """Those of linears, from the fourth step on, when DDP's buckets are known to stay; but not the sum of the two of a
+    weight that is used twice. Not a bit differs."""
+    _, first = results("in_buckets")
+    second = results("in_buckets", rank=1)[1]
+    copied, made = first["copied"], first["made there"]
+    assert copied["losses"] == made["losses"] and len(set(made["losses"])) == 10
+    assert same(copied["params"], made["params"]) and same(made["params"], second["made there"]["params"])
+    assert not any(any(step.values()) for step in (*copied["there"], *made["there"][:3]))
+    for step in made["there"][3:]:
+        linears = {name for name in step if "_proj" in name} - {"model.layers.0.mlp.down_proj.weight"}
+        assert len(linears) == 12 and {name for name, there in step.items() if there} == linears
+    assert "make it with gradient_as_bucket_view=True" in first["refused"]
 
 
 def test_the_fused_loss_under_fsdp2(results):

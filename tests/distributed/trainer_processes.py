@@ -160,6 +160,7 @@ def run(model, data, args, **train):
         "norms": [entry["grad_norm"] for entry in logged],
         "said": said.lines,
         "bucket_views": getattr(trainer.model_wrapped, "gradient_as_bucket_view", None),
+        "made_there": [hook.__module__ for hook, _ in getattr(trainer.model_wrapped, "_comm_hooks", ())],
         "fused": fused,
         "between": between.held,
         "sharded": kinds.count("DTensor") / len(kinds),

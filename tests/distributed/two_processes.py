@@ -6,6 +6,7 @@ Results go to FOLDER/SCENARIO-RANK.pt. Where both processes see the same batch, 
 one's, exactly, so that two processes must end at the very bits of one.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -35,7 +36,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat, remove_coat
-from hf_coat.functional import GatheredWeight
+from hf_coat.functional import GatheredWeight, write_into_buckets
 from hf_coat.integrations.checks import SHARDS_BYTES
 from hf_coat.modules.loss import DeferredLogits
 from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
@@ -216,10 +217,10 @@ def llama(adapters=False, coat=None, **changes):
     return model
 
 
-def train_llama(model, optimizer, rank, accumulate=None):
-    """Three steps of two microbatches each; ``accumulate(last)`` is told before each whether it is the last."""
+def train_llama(model, optimizer, rank, accumulate=None, steps=3):
+    """Steps of two microbatches each; ``accumulate(last)`` is told before each whether it is the last."""
     losses = []
-    for step in range(3):
+    for step in range(steps):
         for last in (False, True):
             accumulate(last)
             loss = model(**tokens(2 * step + last, rank)).loss
@@ -500,6 +501,41 @@ def coat_ddp(folder, rank, sharded):
     return {"losses": losses, "params": {name: p.detach() for name, p in model.named_parameters()}}
 
 
+def in_buckets(folder, rank, sharded):
+    """A converted model under DDP with its linears' gradients copied into the buckets, and made there; one weight is
+    used twice. Also the names of the gradients that lay there when they were made, by backward."""
+    runs = {}
+    for how in ("copied", "made there"):
+        model = llama()
+        layers = model.model.layers
+        layers[0].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+        optimizer = CoatAdamW(model.parameters(), lr=1e-2)
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.1)
+        if how == "made there":
+            write_into_buckets(wrapped)
+        made, there = {}, []
+        for name, p in model.named_parameters():
+            note = functools.partial(lambda made, name, p: made.update({name: p.grad.data_ptr()}), made, name)
+            p.register_post_accumulate_grad_hook(note)
+
+        def accumulate(last, wrapped=wrapped, made=made):
+            wrapped.require_backward_grad_sync = last
+            made.clear()
+
+        def of_step(optimizer, args, kwargs, model=model, made=made, there=there):
+            at = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+            there.append({name: at[name] == address for name, address in made.items()})
+
+        optimizer.register_step_pre_hook(of_step)
+        losses = train_llama(wrapped, optimizer, rank, accumulate, steps=5)
+        runs[how] = {"losses": losses, "there": there, "params": {n: p.detach() for n, p in model.named_parameters()}}
+    try:
+        write_into_buckets(nn.parallel.DistributedDataParallel(model))
+    except ValueError as error:
+        runs["refused"] = str(error)
+    return runs
+
+
 def killed(folder, rank, sharded):
     """The second process ends in the middle of a step; says how the first one does."""
     model, optimizer = made(sharded)
@@ -514,7 +550,7 @@ def killed(folder, rank, sharded):
 
 
 SCENARIOS = [adamw, stochastic, resumed, released, muon, full, refused, coat, coat_lora, coat_ddp, heads, killed]
-SCENARIOS = {f.__name__: f for f in (*SCENARIOS, gathered, gathered_saved, gathered_undone)}
+SCENARIOS = {f.__name__: f for f in (*SCENARIOS, in_buckets, gathered, gathered_saved, gathered_undone)}
 
 
 def main(folder, rank, world_size, port, *scenarios):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DDPCommunicationHookType
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainerCallback, trainer, trainer_optimizer
@@ -631,6 +632,15 @@ def test_fsdp2_is_not_refused(monkeypatch, make):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     monkeypatch.setattr(callback, "AcceleratorState", lambda: Launched(mixed_precision="bf16", fsdp_plugin=plugin))
     assert converted(make().model) == 14
+
+
+@pytest.mark.parametrize("chosen", [DDPCommunicationHookType.NO, DDPCommunicationHookType.BF16])
+def test_a_communication_hook_that_was_chosen_stays(monkeypatch, chosen):
+    registered = []
+    model = types.SimpleNamespace(register_comm_hook=lambda state, hook: registered.append(hook.__name__))
+    monkeypatch.setattr(ours, "write_into_buckets", lambda model: registered.append("ours"))
+    ours.GradientsInBuckets(comm_hook=chosen).register_comm_hook(model)
+    assert registered == (["ours"] if chosen is DDPCommunicationHookType.NO else ["bf16_compress_hook"])
 
 
 def test_models_that_cannot_work(make, tools):

@@ -103,6 +103,30 @@ def test_shorter_operand_ends_in_zeros(device):
     assert torch.equal(ck.scaled_mm(short, b_q, a_s, b_s), ck.scaled_mm(padded.view(E4M3), b_q, a_s, b_s))
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 24, 32)])
+def test_written_where_it_is_wanted(device, shape, out_dtype):
+    """The same bits in the middle of a larger memory, and nothing around them."""
+    args, (m, n, _) = operands(*shape, "tensor", device=device), shape
+    memory = torch.full((m * n + 64,), -7.0, dtype=out_dtype, device=device)
+    out = memory[32 : 32 + m * n].view(m, n)
+    y = ck.scaled_mm(*args, out_dtype=out_dtype, out=out)
+    assert y is out and torch.equal(out, ck.scaled_mm(*args, out_dtype=out_dtype))
+    assert (memory[:32] == -7).all() and (memory[32 + m * n :] == -7).all()
+
+
+def test_where_it_cannot_be_written(device):
+    args = operands(16, 24, 32, device=device)
+    for out in (
+        torch.empty(16, 24, device=device),
+        torch.empty(16, 25, device=device).bfloat16(),
+        torch.empty(24, 16, device=device).bfloat16().t(),
+        torch.empty(16 * 24 + 1, device=device).bfloat16()[1:].view(16, 24),
+    ):
+        with pytest.raises(ValueError, match="scaled_mm: out is .* expected contiguous torch.bfloat16"):
+            ck.scaled_mm(*args, out=out)
+
+
 def test_empty(device):
     a_q, b_q, a_s, b_s = operands(4, 24, 40, device=device)
     assert ck.scaled_mm(a_q[:0], b_q, a_s[:0], b_s).shape == (0, 24)
