@@ -4,7 +4,8 @@ DDP averages gradients in buckets, and copies those that lie elsewhere into them
 its result there: the gradient of a converted linear is then written once, and averaged where it lies.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,14 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# A parameter -> its part of a bucket, of its shape and dtype, from when that was averaged until it is written to.
-_places = WeakTensorKeyDictionary()
+# A parameter -> its part of a bucket, of its shape and dtype, from when that was averaged until it is written to. The
+# bucket is DDP's: it is not kept when DDP is gone.
+_places: MutableMapping[torch.Tensor, weakref.ref[torch.Tensor]] = WeakTensorKeyDictionary()
+
+
+def _place(weight: torch.Tensor) -> torch.Tensor | None:
+    found = _places.get(weight)
+    return None if found is None else found()
 
 
 def take_places(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -26,12 +33,12 @@ def take_places(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """
     if torch.compiler.is_compiling() or not _places:
         return None
-    places = [_places.get(w) for w in weights]
+    places = [_place(w) for w in weights]
     if any(place is None for place in places) or any(w.grad is not None for w in weights):
         return None
     for w in weights:
         del _places[w]
-    return places
+    return [place.detach() for place in places]  # tensors of their own, which autograd takes for gradients as they are
 
 
 def runs(places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -47,34 +54,34 @@ def runs(places: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-class _Averaging:
-    """DDP's communication hook: a bucket's average, and its parts as places for the next backward.
+class _Buckets:
+    """What DDP's communication hook knows of its buckets, by index: where the last one began, and its parts."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self.group = group
+        self.averages = group._get_backend(device).name() == "nccl"  # gloo can add up, but not average
+        self.addresses: dict[int, int] = {}
+        self.parts: dict[int, list[torch.Tensor]] = {}
+
+
+def _average(buckets: _Buckets, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """DDP's communication hook: a bucket's average; and its parts become places for the next backward.
 
     DDP makes new buckets after the first backward. Places are in buckets that came a second time, so that none of them
     keeps the memory of a bucket that is gone.
     """
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group = group
-        self.averages = type(group._get_backend(device)).__name__ == "ProcessGroupNCCL"  # gloo cannot
-        self.addresses: dict[int, int] = {}
-
-    def __call__(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
-        values, index = bucket.buffer(), bucket.index()
-        if self.addresses.get(index) == values.data_ptr():
-            for parameter, place in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                if parameter.dim() == 2 and parameter.is_contiguous() and place.data_ptr() % ALIGN == 0:
-                    _places[parameter] = place
-        self.addresses[index] = values.data_ptr()
-        if not self.averages:
-            values.div_(self.group.size())
-        op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
-        work = dist.all_reduce(values, op=op, group=self.group, async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])
-
-
-def _average(state: _Averaging, bucket: dist.GradBucket) -> Future[torch.Tensor]:
-    return state(bucket)
+    values, index = bucket.buffer(), bucket.index()
+    if buckets.addresses.get(index) == values.data_ptr():
+        parts = buckets.parts[index] = bucket.gradients()
+        for parameter, part in zip(bucket.parameters(), parts, strict=True):
+            if parameter.dim() == 2 and parameter.is_contiguous() and part.data_ptr() % ALIGN == 0:
+                _places[parameter] = weakref.ref(part)
+    buckets.addresses[index] = values.data_ptr()
+    if not buckets.averages:
+        values.div_(buckets.group.size())
+    op = dist.ReduceOp.AVG if buckets.averages else dist.ReduceOp.SUM
+    work = dist.all_reduce(values, op=op, group=buckets.group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 def write_into_buckets(model: DistributedDataParallel) -> None:
@@ -98,6 +105,6 @@ def write_into_buckets(model: DistributedDataParallel) -> None:
             "make it with gradient_as_bucket_view=True"
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:  # of buckets of an earlier wrapper
-        _places.pop(parameter, None)
-    model.register_comm_hook(_Averaging(model.process_group, parameters[0].device), _average)
+    for parameter in parameters:
+        _places.pop(parameter, None)  # in the buckets of an earlier wrapper
+    model.register_comm_hook(_Buckets(model.process_group, parameters[0].device), _average)

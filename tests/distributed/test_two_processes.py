@@ -156,6 +156,7 @@ def test_gradients_are_made_in_the_buckets(results):
     for step in made["there"][3:]:
         linears = {name for name in step if "_proj" in name} - {"model.layers.0.mlp.down_proj.weight"}
         assert len(linears) == 12 and {name for name, there in step.items() if there} == linears
+    assert first["offered"] == [True, True] and first["kept"] == [False, False], "buckets outlived DDP"
     assert "make it with gradient_as_bucket_view=True" in first["refused"]
 
 

@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat, remove_coat
 from hf_coat.functional import GatheredWeight, write_into_buckets
+from hf_coat.functional.buckets import take_places
 from hf_coat.integrations.checks import SHARDS_BYTES
 from hf_coat.modules.loss import DeferredLogits
 from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
@@ -529,6 +530,9 @@ def in_buckets(folder, rank, sharded):
         optimizer.register_step_pre_hook(of_step)
         losses = train_llama(wrapped, optimizer, rank, accumulate, steps=5)
         runs[how] = {"losses": losses, "there": there, "params": {n: p.detach() for n, p in model.named_parameters()}}
+    runs["offered"] = [take_places([layer.mlp.up_proj.weight]) is not None for layer in layers]
+    del wrapped, accumulate
+    runs["kept"] = [take_places([layer.self_attn.o_proj.weight]) is not None for layer in layers]
     try:
         write_into_buckets(nn.parallel.DistributedDataParallel(model))
     except ValueError as error:
