@@ -52,7 +52,13 @@ def with_amax(make: Callable) -> Callable:
 
     def making(params):
         optimizer = make(params)
-        optimizer.register_step_pre_hook(lambda *_: [ask_amax(p) for p in params if p.dim() == 2])
+
+        def ask(*_):
+            for p in params:
+                if p.dim() == 2:
+                    ask_amax(p)
+
+        optimizer.register_step_pre_hook(ask)
         return optimizer
 
     return making

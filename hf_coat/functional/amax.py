@@ -19,7 +19,7 @@ class _Handover:
     ``state``."""
 
     asked: bool = False
-    state: tuple[int, ...] | None = None
+    state: tuple[int, int, int] | None = None
     amax: torch.Tensor | None = None
 
 
@@ -35,6 +35,10 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def _state(weight: torch.Tensor, steps: int) -> tuple[int, int, int]:
+    return steps, weight._version, weight.data_ptr()
+
+
 def ask_amax(weight: torch.Tensor) -> torch.Tensor | None:
     """The amax of a weight as it is now, float32 [1, 1], if its optimizer handed it over; and ask for the next one.
 
@@ -46,7 +50,7 @@ def ask_amax(weight: torch.Tensor) -> torch.Tensor | None:
         return None  # the graph would read this number for ever
     handover = _handovers.setdefault(weight, _Handover())
     handover.asked = True
-    return handover.amax if handover.state == (_steps, weight._version, weight.data_ptr()) else None
+    return handover.amax if handover.state is not None and handover.state == _state(weight, _steps) else None
 
 
 def amax_asked(weight: torch.Tensor) -> bool:
@@ -61,4 +65,4 @@ def amax_asked(weight: torch.Tensor) -> bool:
 def hand_amax(weight: torch.Tensor, amax: torch.Tensor) -> None:
     """Hand over the amax, float32 [1, 1], of a weight as it is now, in the middle of an optimizer's step."""
     handover = _handovers[weight]
-    handover.state, handover.amax = (_steps + 1, weight._version, weight.data_ptr()), amax
+    handover.state, handover.amax = _state(weight, _steps + 1), amax

@@ -254,7 +254,7 @@ def _quantize_weights(weights, granularity, power_of_two, cache) -> tuple[torch.
         trained, amax = any(w.requires_grad for w in weights), None
         dither = granularity == Granularity.TOKEN and power_of_two and trained
         if granularity == Granularity.TENSOR and trained and cache is not None and len(weights) == 1:
-            amax = ask_amax(weights[0])
+            amax = ask_amax(weights[0])  # not without gradients: averages are swapped in and out through .data there
         codes, _, scale = quantize(
             _one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, dither=dither, amax=amax
         )

@@ -9,6 +9,8 @@ import pytest
 import torch
 from coat_kernels import Granularity
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_coat
@@ -247,6 +249,21 @@ def test_a_graph_that_steps_hands_over_none(weights):
     step(layer, optimizer)
     step(layer, optimizer)
     assert handed(weights) == [False, False]
+
+
+def test_pieces_of_a_weight_are_not_the_weight(weights, tmp_path):
+    """FSDP2's linears see a gathered weight, its optimizer a piece, of which it hands over none even when asked."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = linear()
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = CoatAdamW(layer.parameters(), lr=LR)
+        step(layer, optimizer)
+        amax.ask_amax(layer.weight)
+        step(layer, optimizer)
+        assert handed(weights) == [False] * 2 and amax.ask_amax(layer.weight) is None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_copies_and_checkpoints_know_nothing(weights, device):
