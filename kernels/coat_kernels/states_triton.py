@@ -23,7 +23,7 @@ from triton.language.extra import libdevice
 
 from .states import StateFormat, Weights, hashed, mixed
 from .tables_triton import TRITON_DTYPES, on_device
-from .tiles_triton import INTERPRETED, amax_bits, magnitude_bits, to_float, to_fp8
+from .tiles_triton import INTERPRETED, amax_bits, to_float, to_fp8
 
 # The columns of the table, int64; the last one is what tables_triton.find_row reads.
 POINTERS = tl.constexpr(0)  # param, grad, residual; codes, scales, expansions of each moment
@@ -366,10 +366,12 @@ def largest_bits(rounded, param, finite):
 
 @triton.jit
 def raise_amax(pointer, largest, PARAM: tl.constexpr):
-    """Raise what is at ``pointer`` to the largest of :func:`largest_bits`. Rounding to PARAM, which is still to be
-    done where weights are rounded to nearest, keeps the order; and a maximum of integers has none."""
-    largest = to_float(largest.to(tl.float32, bitcast=True), PARAM).to(tl.float32)
-    tl.atomic_max(pointer, tl.max(magnitude_bits(largest)), sem="relaxed")
+    """Raise the bits at ``pointer`` to the largest of :func:`largest_bits`. A maximum of integers has no order, and
+    rounding to PARAM keeps theirs: where weights are rounded to nearest that is still to be done."""
+    bits = tl.max(largest)
+    if PARAM == tl.bfloat16:  # by hand: to_float takes two numbers or more
+        bits = tl.where(bits > INFINITE, bits, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
+    tl.atomic_max(pointer, bits, sem="relaxed")
 
 
 # --- one launch for many parameters

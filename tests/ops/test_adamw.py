@@ -296,7 +296,7 @@ def test_amax_of_many_programs(device):
     params, grads = sample([(40, 128), (3, 128), (1, 100), (17, 257)])
     for i, p in enumerate(params):
         p.view(-1)[(i * 37 + 11) * 97 % p.numel()] = -9.0 - i
-    for mode in (MODES[0], MODES[3]):
+    for mode in (MODES[0], (*MODES[2], 1024), MODES[3]):  # with 1024 a tile is a group
         case, amax = Case(params, *mode), torch.empty(len(params), device=device)
         case.run(lambda *arguments: twin(*arguments, amax), grads(), device)  # noqa: B023
         assert torch.equal(amax.cpu(), torch.stack([p.float().abs().amax() for p in case.params]))
