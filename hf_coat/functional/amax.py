@@ -46,11 +46,12 @@ def ask_amax(weight: torch.Tensor) -> torch.Tensor | None:
     weight are what they were. An edit through ``.data`` moves neither: who makes one between an optimizer's step and
     the next forward sets ``CoatConfig(cache_weights=False)``, so that nothing about weights is remembered.
     """
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # the graph would read this number for ever
     handover = _handovers.setdefault(weight, _Handover())
     handover.asked = True
-    return handover.amax if handover.state is not None and handover.state == _state(weight, _steps) else None
+    if handover.state is None or handover.state != _state(weight, _steps):
+        return None
+    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return None if captured else handover.amax  # a graph would read this number for ever
 
 
 def amax_asked(weight: torch.Tensor) -> bool:

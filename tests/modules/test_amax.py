@@ -9,6 +9,7 @@ import pytest
 import torch
 from coat_kernels import Granularity
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -289,6 +290,12 @@ def test_copies_and_checkpoints_know_nothing(weights, device):
     assert torch.equal(layer.weight, other.weight)
     again = pickle.loads(pickle.dumps(layer))
     assert torch.equal(again.weight, layer.weight) and again.weight not in amax._handovers
+
+
+def test_an_estimate_asks_with_weights_that_hold_nothing():
+    """Also of a GPU where there is none."""
+    with FakeTensorMode():
+        assert amax.ask_amax(nn.Parameter(torch.empty(4, 4, device="cuda"))) is None
 
 
 def test_forgotten_with_the_weight():
