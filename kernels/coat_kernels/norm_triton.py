@@ -17,11 +17,14 @@ from .quantize import scale_shape
 from .quantize_triton import nothing
 from .scaled_mm_triton import processors
 from .tiles_triton import (
+    amax_bits,
+    inverse_scale,
     magnitude_bits,
     quantize_groups,
     scale_from_bits,
     scale_groups,
     to_float,
+    to_float32,
     to_fp8,
     to_fp8_words,
     unpack_scale,
@@ -34,6 +37,7 @@ WIDEST = 8192  # values of a row that one program holds; twice as many do not fi
 PIECE = MOST_IN_A_GROUP  # values at a time of a wider row: whole groups
 TILE = 2048  # values of a program of shorter rows
 PER_WARP = 512  # values: 16 for each thread, one 16-byte access of FP8 and two of BF16
+REGISTERS = 40  # of a thread of the forward: 48 warps on a processor, the fastest of a sweep on an H200
 RESIDENT_WARPS = 16  # of the backward on one processor: of 128 registers for each thread
 STAGES = 3  # tiles of the backward in flight: one at work, two on their way
 
@@ -68,8 +72,17 @@ def _coefficients(ptr, t, h, width, NEUTRAL: tl.constexpr):
     if ptr is None:
         values = tl.full(h.shape, NEUTRAL, tl.float32)
     else:
-        values = tl.load(ptr + h, mask=h < width, other=0.0).to(tl.float32)
+        values = to_float32(tl.load(ptr + h, mask=h < width, other=0.0))
     return values
+
+
+@triton.jit
+def _columns(BLOCK_H: tl.constexpr):
+    """Columns [1, BLOCK_H] of a tile whose threads take 8 at a time, of BF16 and of FP8.
+
+    By itself Triton gives a thread 16 for an access of FP8, and values change threads through shared memory.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK_H), 8 if BLOCK_H > 8 else BLOCK_H)[None, :]
 
 
 @triton.jit
@@ -107,12 +120,12 @@ def _norm_kernel(
 ):  # fmt: skip
     """Everything that norm returns of BLOCK_T whole tokens. Grid: one program for each BLOCK_T tokens."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.arange(0, BLOCK_H)[None, :]
+    h = _columns(BLOCK_H)
     here, inside = t < tokens, (t[:, None] < tokens) & (h < width)
     address = t[:, None] * width + h
-    x = tl.load(x_ptr + t[:, None] * stride + h, mask=inside, other=0.0).to(tl.float32)
-    w = _coefficients(w_ptr, t, h, width, 1.0) + offset  # on their way before the first sum waits for x
-    b = _coefficients(b_ptr, t, h, width, 0.0)
+    x = to_float32(tl.load(x_ptr + t[:, None] * stride + h, mask=inside, other=0.0))
+    if GROUP > 0:
+        _store_groups(x, xq_ptr, xs_ptr, t, h, 0, tokens, width, GROUP)
     centered = x
     if CENTER:
         mean = tl.sum(x, axis=1) / width
@@ -120,15 +133,16 @@ def _norm_kernel(
         centered = tl.where(inside, x - mean[:, None], 0.0)
     rstd = _rstd(tl.sum(centered * centered, axis=1) / width, eps)
     tl.store(rstd_ptr + t, rstd, mask=here)
+    # Not before the sums: they come from a cache, and registers that wait are other programs' (see REGISTERS).
+    w = _coefficients(w_ptr, t, h, width, 1.0) + offset
+    b = _coefficients(b_ptr, t, h, width, 0.0)
     y = _output(centered, rstd, w, b, ROUND_FIRST, x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
     tl.store(y_ptr + address, y, mask=inside)
-    if GROUP > 0:
-        _store_groups(x, xq_ptr, xs_ptr, t, h, 0, tokens, width, GROUP)
     if CODES:
-        y = y.to(tl.float32)
-        s = scale_from_bits(tl.max(magnitude_bits(y), axis=1), EMAX, True)
+        y = to_float32(y)
+        s = scale_from_bits(amax_bits(y, 1), EMAX, True)
         tl.store(ys_ptr + t, s, mask=here)
-        tl.store(yq_ptr + address, to_fp8(y * tl.div_rn(1.0, s)[:, None], EMAX), mask=inside)
+        tl.store(yq_ptr + address, to_fp8(y * inverse_scale(s, True)[:, None], EMAX), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -199,10 +213,13 @@ def norm(x, weight, bias, eps, center, offset, round_first, out_dtype, group_siz
     if tokens:
         block_t, block_h, warps = tile_of(width)
         kernel = _norm_kernel if width <= block_h else _norm_wide_kernel
+        # Tiles of several tokens, odd widths and other dtypes would spill; the wide kernel has loops.
+        usual = (x.dtype, scale_dtype) == (torch.bfloat16, torch.uint8) and width % 16 == 0
+        registers = REGISTERS if usual and block_t == 1 and width <= block_h else None
         kernel[(triton.cdiv(tokens, block_t),)](
             x, weight, bias, y, y_q, y_s, x_q, x_s, mean, rstd, tokens, width, x.stride(0), eps, offset,
             CENTER=center, ROUND_FIRST=round_first, GROUP=min(group_size, block_h), CODES=codes,
-            BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+            BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
     return y, y_q, y_s, x_q, x_s, mean, rstd
 
