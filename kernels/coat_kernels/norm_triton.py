@@ -17,6 +17,7 @@ from .quantize import scale_shape
 from .quantize_triton import nothing
 from .scaled_mm_triton import processors
 from .tiles_triton import (
+    INTERPRETED,
     amax_bits,
     inverse_scale,
     magnitude_bits,
@@ -231,7 +232,17 @@ def _load_scales(s_ptr, t, stop, g, groups):
 
 
 @triton.jit
-def _load_kept(xq_ptr, mean_ptr, stored, factor, t, h, stop, width, GROUP: tl.constexpr):
+def _load_numbers(ptr, t, stop):
+    """The number of each token t before ``stop``, zeros behind it; None of what is not there."""
+    if ptr is None:
+        numbers = None
+    else:
+        numbers = tl.load(ptr + t, mask=t < stop, other=0.0)
+    return numbers
+
+
+@triton.jit
+def _load_kept(xq_ptr, mean, stored, factor, t, h, stop, width, GROUP: tl.constexpr):
     """``(x - mean) * factor`` of tokens t before ``stop``, columns h, where x is kept with the scales ``stored``.
 
     The factor [BLOCK_T] joins the scales first, which is exact if they are powers of two: one product for each value.
@@ -239,8 +250,8 @@ def _load_kept(xq_ptr, mean_ptr, stored, factor, t, h, stop, width, GROUP: tl.co
     """
     q = tl.load(xq_ptr + t[:, None] * width + h, mask=(t[:, None] < stop) & (h < width), other=0.0).to(tl.float32)
     x = scale_groups(q, unpack_scale(stored) * factor[:, None], GROUP)
-    if mean_ptr is not None:
-        x -= (tl.load(mean_ptr + t, mask=t < stop, other=0.0) * factor)[:, None]
+    if mean is not None:
+        x -= (mean * factor)[:, None]
     return x
 
 
@@ -248,7 +259,21 @@ def _load_kept(xq_ptr, mean_ptr, stored, factor, t, h, stop, width, GROUP: tl.co
 def _load_gradient(dy_ptr, t, h, stop, width, stride):
     """dy in float32 of tokens t before ``stop``, columns h; zeros elsewhere."""
     inside = (t[:, None] < stop) & (h < width)
-    return tl.load(dy_ptr + t[:, None] * stride + h, mask=inside, other=0.0).to(tl.float32)
+    return to_float32(tl.load(dy_ptr + t[:, None] * stride + h, mask=inside, other=0.0))
+
+
+@triton.jit
+def _add_both(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def _both_sums(a, b):
+    """Sums of a and of b [BLOCK_T, BLOCK_H] over the columns: threads exchange and wait once, not twice."""
+    if INTERPRETED:  # which calls a function for each pair of values
+        return tl.sum(a, axis=1), tl.sum(b, axis=1)
+    else:
+        return tl.reduce((a, b), 1, _add_both)
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
@@ -263,25 +288,32 @@ def _norm_backward_kernel(
     """
     first = tl.program_id(0) * each
     stop = tl.minimum(first + each, tokens)
-    h = tl.arange(0, BLOCK_H)[None, :]
+    h = _columns(BLOCK_H)
     g_index = tl.arange(0, BLOCK_H // GROUP)[None, :]
     groups = tl.cdiv(width, GROUP)
     w = _coefficients(w_ptr, tl.arange(0, BLOCK_T), h, width, 1.0) + offset
     dw = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     db = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    next_scales = _load_scales(xs_ptr, (first + tl.arange(0, BLOCK_T)).to(tl.int64), stop, g_index, groups)
+    t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
+    next_scales = _load_scales(xs_ptr, t, stop, g_index, groups)
+    next_rstd = _load_numbers(rstd_ptr, t, stop)
+    next_mean = next_rstd if mean_ptr is None else _load_numbers(mean_ptr, t, stop)
     for start in tl.range(first, stop, BLOCK_T, num_stages=STAGES):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        # Triton fetches the other operands of later tiles ahead of time, but cannot do that for single bytes.
-        stored = next_scales
+        # Triton fetches dy and codes of later tiles ahead of time, but cannot do that for single bytes, and single
+        # numbers would come through shared memory.
+        stored, rstd, mean = next_scales, next_rstd, next_mean
         next_scales = _load_scales(xs_ptr, t + BLOCK_T, stop, g_index, groups)
-        rstd = tl.load(rstd_ptr + t, mask=t < stop, other=0.0)
-        xhat = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, stop, width, GROUP)
+        next_rstd = _load_numbers(rstd_ptr, t + BLOCK_T, stop)
+        next_mean = next_rstd if mean_ptr is None else _load_numbers(mean_ptr, t + BLOCK_T, stop)
+        xhat = _load_kept(xq_ptr, None if mean_ptr is None else mean, stored, rstd, t, h, stop, width, GROUP)
         dy = _load_gradient(dy_ptr, t, h, stop, width, stride)
         g = dy * w
-        dx = g - xhat * (tl.sum(g * xhat, axis=1) / width)[:, None]
         if mean_ptr is not None:
-            dx -= (tl.sum(g, axis=1) / width)[:, None]
+            product, total = _both_sums(g * xhat, g)
+            dx = g - xhat * (product / width)[:, None] - (total / width)[:, None]
+        else:
+            dx = g - xhat * (tl.sum(g * xhat, axis=1) / width)[:, None]
         dx = to_float(dx * rstd[:, None], dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + t[:, None] * width + h, dx, mask=(t[:, None] < stop) & (h < width))
         if DW:
@@ -311,13 +343,14 @@ def _norm_backward_wide_kernel(
     for start in tl.range(first, stop, BLOCK_T, num_stages=1):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         rstd = tl.load(rstd_ptr + t)
+        mean = _load_numbers(mean_ptr, t, stop)
         product = tl.zeros([BLOCK_T], tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
         for h0 in tl.range(0, width, BLOCK_H, num_stages=STAGES):
             h = h0 + tl.arange(0, BLOCK_H)[None, :]
             stored = _load_scales(xs_ptr, t, stop, h0 // GROUP + tl.arange(0, BLOCK_H // GROUP)[None, :], groups)
             w = _coefficients(w_ptr, t, h, width, 1.0) + offset
-            xhat = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, stop, width, GROUP)
+            xhat = _load_kept(xq_ptr, mean, stored, rstd, t, h, stop, width, GROUP)
             dy = _load_gradient(dy_ptr, t, h, stop, width, stride)
             g = dy * w
             product += tl.sum(g * xhat, axis=1)
@@ -329,7 +362,7 @@ def _norm_backward_wide_kernel(
             inside = h < width
             stored = _load_scales(xs_ptr, t, stop, h0 // GROUP + tl.arange(0, BLOCK_H // GROUP)[None, :], groups)
             w = _coefficients(w_ptr, t, h, width, 1.0) + offset
-            xhat = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, stop, width, GROUP)
+            xhat = _load_kept(xq_ptr, mean, stored, rstd, t, h, stop, width, GROUP)
             dy = _load_gradient(dy_ptr, t, h, stop, width, stride)
             g = dy * w
             dx = g - xhat * product[:, None]
@@ -399,10 +432,11 @@ def _norm_transposed_kernel(
     parts = ()
     for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
         t = 4 * word + i
-        rstd = tl.load(rstd_ptr + t, mask=t < tokens, other=0.0)
+        rstd = _load_numbers(rstd_ptr, t, tokens)
+        mean = _load_numbers(mean_ptr, t, tokens)
         stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
         # where there is no bias its zero makes 0 of -0
-        y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP) * w + b
+        y = _load_kept(xq_ptr, mean, stored, rstd, t, h, tokens, width, GROUP) * w + b
         if b_ptr is not None:
             y = tl.where(t[:, None] < tokens, y, 0.0)
         parts = parts + (y,)
@@ -436,9 +470,10 @@ def _norm_values_kernel(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     g = tl.program_id(1) * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)[None, :]
     here = t < tokens
-    rstd = tl.load(rstd_ptr + t, mask=here, other=0.0)
+    rstd = _load_numbers(rstd_ptr, t, tokens)
+    mean = _load_numbers(mean_ptr, t, tokens)
     stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
-    y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP)
+    y = _load_kept(xq_ptr, mean, stored, rstd, t, h, tokens, width, GROUP)
     w, b = _coefficients(w_ptr, t, h, width, 1.0), _coefficients(b_ptr, t, h, width, 0.0)
     y = to_float(y * (w + offset) + b, y_ptr.dtype.element_ty)
     tl.store(y_ptr + t[:, None] * width + h, y, mask=here[:, None] & (h < width))
