@@ -21,6 +21,7 @@ import torch
 from environment import environment, fresh_process
 from timing import copy_rate, host_ms, time_ms
 
+from hf_coat.functional.amax import ask_amax
 from hf_coat.optim import CoatAdamW, CoatLion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +45,23 @@ def shapes(tiny: bool) -> list[tuple[int, ...]]:
 
 def coat(**options) -> Callable:
     return lambda params: CoatAdamW(params, lr=LR, **options)
+
+
+def with_amax(make: Callable) -> Callable:
+    """Linears with a scale per tensor ask before each step for the amax of each matrix, as their forwards would."""
+
+    def making(params):
+        optimizer = make(params)
+
+        def ask(*_):
+            for p in params:
+                if p.dim() == 2:
+                    ask_amax(p)
+
+        optimizer.register_step_pre_hook(ask)
+        return optimizer
+
+    return making
 
 
 def bitsandbytes(params):
@@ -70,6 +88,8 @@ PEERS = {
     "lean-master": coat(weights="master"),
     "paper": coat(format="paper", weights="nearest"),
     "paper-stochastic": coat(format="paper"),
+    "lean-amax": with_amax(coat()),
+    "paper-amax": with_amax(coat(format="paper", weights="nearest")),
     "e4m3": coat(format="e4m3", weights="nearest"),
     "lion": lambda params: CoatLion(params, lr=LR),
     # They compile a step for each shape, for a minute or more: last, where a limit of time cuts nothing else off.

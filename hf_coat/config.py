@@ -172,7 +172,9 @@ class CoatConfig(QuantizationConfigMixin):
         group_size: Consecutive values of a token that share a scale in what is kept: 16, 32, 64, 128 or 256.
         scale_format: How those scales are kept: ``"e8m0"`` (a byte, a power of two), ``"bfloat16"``, ``"float32"``.
         cache_weights: Whether the codes of weights are kept over the microbatches of an optimizer step, while
-            gradients accumulate: a byte per value, and one quantization per step.
+            gradients accumulate: a byte per value, and one quantization per step. With a scale per tensor also whether
+            COAT's optimizers hand over the amax of each new weight, which is then not read for it. False for loops
+            that edit weights through ``.data``.
         frozen_weights: How linears that do not train store their weights, see :class:`FrozenWeights`. With ``"fp8"``
             ``from_pretrained`` freezes and stores all converted linears, each as soon as it is read; elsewhere it
             applies to those whose weight does not require a gradient. Saves hold the dequantized values.

@@ -14,6 +14,7 @@ import torch
 from coat_kernels import Granularity, dequantize, quantize, scaled_mm, transpose
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .amax import ask_amax
 from .gathered import GatheredWeight
 
 E4M3 = torch.float8_e4m3fn
@@ -250,8 +251,13 @@ def _quantize_weights(weights, granularity, power_of_two, cache) -> tuple[torch.
     """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other."""
     found = None if cache is None else cache.find(weights)
     if found is None:
-        dither = granularity == Granularity.TOKEN and power_of_two and any(w.requires_grad for w in weights)
-        codes, _, scale = quantize(_one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, dither=dither)
+        trained, amax = any(w.requires_grad for w in weights), None
+        dither = granularity == Granularity.TOKEN and power_of_two and trained
+        if granularity == Granularity.TENSOR and trained and cache is not None and len(weights) == 1:
+            amax = ask_amax(weights[0])  # not without gradients: averages are swapped in and out through .data there
+        codes, _, scale = quantize(
+            _one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, dither=dither, amax=amax
+        )
         found = codes, scale
         if cache is not None:
             cache.keep(weights, codes, scale)

@@ -20,10 +20,12 @@ from coat_kernels.states import (
 )
 from torch.optim import Optimizer
 
+from ..functional.amax import amax_asked, hand_amax
 from .sharding import (
     check_placement,
     check_sharding,
     first_index,
+    is_sharded,
     local,
     local_gradient,
     local_rows,
@@ -144,11 +146,13 @@ class CoatOptimizer(Optimizer):
     @torch.no_grad()
     def step_params(self, group: dict[str, Any], members: list[tuple[int, torch.Tensor]]) -> None:
         """Step only these parameters of ``group``, which have gradients; each comes with its number among all."""
-        by_device = defaultdict(list)
+        together = defaultdict(list)
         for i, p in members:
-            by_device[p.device].append((i, p))
-        for device, of_device in by_device.items():
-            numbers, params = map(list, zip(*of_device, strict=True))
+            # Not of a piece of a weight, nor where a CUDA graph may step, which moves no version counter.
+            asked = amax_asked(p) and not is_sharded(p) and not group["capturable"]
+            together[p.device, asked].append((i, p))
+        for (device, asked), numbered in together.items():
+            numbers, params = map(list, zip(*numbered, strict=True))
             states = [self.state[p] or self._new_state(p, group) for p in params]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
@@ -164,11 +168,15 @@ class CoatOptimizer(Optimizer):
             if group["weights"] == Weights.MASTER:
                 none = torch.empty(0, dtype=torch.uint8, device=device)
                 residuals = [state_rows(p, state[RESIDUAL]) if RESIDUAL in state else none for p, state in owned]
-            places = {"numbers": numbers, "firsts": [first_index(p) for p in params]}
+            amax = torch.empty(len(params), dtype=torch.float32, device=device) if asked else None
+            others = {"numbers": numbers, "firsts": [first_index(p) for p in params], "amax": amax}
             values, grads = [local_rows(p) for p in params], [local_gradient(p) for p in params]
-            self._step_device(group, values, grads, moments, residuals, steps, self._skipped_on(device), places)
+            self._step_device(group, values, grads, moments, residuals, steps, self._skipped_on(device), others)
+            if asked:
+                for p, of_one in zip(params, amax.view(-1, 1, 1).unbind(), strict=True):
+                    hand_amax(p, of_one)
 
-    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, places) -> None:
+    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, others) -> None:
         raise NotImplementedError
 
     def _layout(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -330,6 +338,10 @@ class CoatAdamW(CoatOptimizer):
 
     Parameters may be DTensors (FSDP2), and so are their states then; see :mod:`hf_coat.optim.sharding`.
 
+    Linears with one FP8 scale per tensor (the preset "paper") find in the optimizer the amax of each new weight, and
+    need not read the weight for it; see :mod:`hf_coat.functional.amax`. A graph's steps (``capturable``), and those of
+    DTensors, hand over none.
+
         >>> optimizer = CoatAdamW(model.parameters(), lr=1e-5)  # any model, BF16 or FP32
         >>> schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
         >>> for batch in batches:
@@ -380,7 +392,7 @@ class CoatAdamW(CoatOptimizer):
         values = (lr, betas, eps, weight_decay, group_size, format, weights, seed, capturable)
         super().__init__(params, dict(zip(self.SETTINGS, values, strict=True)))
 
-    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, places) -> None:
+    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, others) -> None:
         adamw_step(
             params,
             grads,
@@ -397,5 +409,5 @@ class CoatAdamW(CoatOptimizer):
             format=StateFormat(group["format"]),
             weights=Weights(group["weights"]),
             seed=group["seed"],
-            **places,
+            **others,
         )

@@ -51,7 +51,7 @@ class CoatLion(CoatOptimizer):
         values = (lr, betas, weight_decay, group_size, format, weights, seed, capturable)
         super().__init__(params, dict(zip(self.SETTINGS, values, strict=True)))
 
-    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, places) -> None:
+    def _step_device(self, group, params, grads, moments, residuals, steps, skipped, others) -> None:
         lion_step(
             params,
             grads,
@@ -67,5 +67,5 @@ class CoatLion(CoatOptimizer):
             format=StateFormat(group["format"]),
             weights=Weights(group["weights"]),
             seed=group["seed"],
-            **places,
+            **others,
         )

@@ -84,6 +84,14 @@ def quantize_cases(device: str, tokens: int, hidden: int, wide: int) -> Iterator
                     partial(quantize_ref, x, E4M3, granularity, group, pow2, None, codes, transposed),
                     (x, x) if granularity == "tensor" else (x,),  # the amax of a tensor takes a pass of its own
                 )
+        amax = x.abs().amax().float()  # as the optimizer hands over that of a weight
+        for transposed in (False, True):
+            yield Case(
+                f"quantize {tokens} x {width} per tensor{' + transposed' if transposed else ''}, amax given",
+                partial(ck.quantize, x, E4M3, "tensor", power_of_two=False, transposed=transposed, amax=amax),
+                partial(quantize_ref, x, E4M3, "tensor", 0, False, None, True, transposed),
+                (x, amax),
+            )
         scale = quantize_ref(x[:64], E4M3, "tensor", 0, True, None, True, False)[2] * 2
         yield Case(
             f"quantize {tokens} x {width} transposed, scale given",

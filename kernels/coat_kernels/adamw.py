@@ -17,6 +17,7 @@ from .states import (
     decode_moments,
     encode_moments,
     group_shape,
+    largest_magnitude,
     read_weights,
     round_weights,
     slabs,
@@ -46,7 +47,7 @@ def per_parameter(params, codes, scales, expansions):
 def adamw_step_ref(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions,
     residuals, steps, skipped, lr, beta1, beta2, eps, weight_decay, group_size, format, weights, seed, numbers,
-    firsts,
+    firsts, amax=None,
 ):  # fmt: skip
     lr, format, weights = lr.item(), StateFormat(format), Weights(weights)
     first = per_parameter(params, exp_avgs, exp_avg_scales, exp_avg_expansions)
@@ -65,6 +66,8 @@ def adamw_step_ref(
             new.addcdiv_(m, denominator, value=-lr / correction1)
             encoded = encode_moments([m, v], group_size, format)
             commit(p, new, low, key, firsts[i] + begin, weights, states, encoded, skipped, group_size)
+        if amax is not None:
+            amax[i] = largest_magnitude(param)
 
 
 _adamw_step = register(
@@ -72,7 +75,7 @@ _adamw_step = register(
     "Tensor(d!)[] exp_avg_expansions, Tensor(e!)[] exp_avg_sqs, Tensor(f!)[] exp_avg_sq_scales, "
     "Tensor(g!)[] exp_avg_sq_expansions, Tensor(h!)[] residuals, Tensor[] steps, Tensor(i!) skipped, Tensor lr, "
     "float beta1, float beta2, float eps, float weight_decay, int group_size, str format, str weights, int seed, "
-    "int[] numbers, int[] firsts) -> ()",
+    "int[] numbers, int[] firsts, Tensor(j!)? amax=None) -> ()",
     adamw_step_ref,
     lambda *args: None,
     "adamw_triton:adamw_step",
@@ -80,7 +83,7 @@ _adamw_step = register(
 
 
 def check_step(
-    op, params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers, firsts
+    op, params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers, firsts, amax
 ):
     """Refuse what an optimizer's step cannot take; ``moments`` are (codes, scales, expansions) by name."""
     if not 1 <= group_size <= MAX_GROUP_SIZE:
@@ -103,6 +106,16 @@ def check_step(
             raise ValueError(f"{op}: {len(values)} {name} for {len(params)} params")
     if skipped.dtype != torch.int64 or skipped.numel() != 1:
         raise ValueError(f"{op}: skipped is {skipped.dtype} {list(skipped.shape)}, expected one torch.int64 count")
+    if amax is not None and (
+        amax.dtype != torch.float32
+        or amax.shape != (len(params),)
+        or amax.device != skipped.device
+        or not amax.is_contiguous()
+    ):
+        raise ValueError(
+            f"{op}: amax is {amax.dtype} {list(amax.shape)} on {amax.device}, expected contiguous torch.float32 "
+            f"[{len(params)}] on {skipped.device}, a number for each of the params"
+        )
     if lr.numel() != 1:
         raise ValueError(f"{op}: lr has the shape {list(lr.shape)}, expected one number")
     for name, tensors in (("params", params), ("grads", grads)):
@@ -155,6 +168,7 @@ def adamw_step(
     seed: int,
     numbers: list[int],
     firsts: list[int],
+    amax: torch.Tensor | None = None,
 ) -> None:
     """One AdamW step of many parameters of one device, in place, with moments of 8 bits per value (paper section 3).
 
@@ -179,6 +193,8 @@ def adamw_step(
         weights: How BF16 parameters are rounded or kept.
         seed, numbers, firsts: What stochastic rounding depends on beside the step: the run's seed, the number of each
             parameter in the run, and the index of its first value in the whole parameter, of which it may be a piece.
+        amax: If given, float32 of one number per parameter, to be overwritten with the largest magnitude of its new
+            values as they are stored, those that were skipped included; NaN where one of them is.
 
     Raises:
         TypeError, ValueError: For dtypes, shapes or devices that do not fit; the message names the tensor.
@@ -188,10 +204,10 @@ def adamw_step(
         lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
     check_step(
         "adamw_step", params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers,
-        firsts,
+        firsts, amax,
     )  # fmt: skip
     scalars = map(float, (beta1, beta2, eps, weight_decay))
     _adamw_step(
         params, grads, *exp_avg, *exp_avg_sq, residuals, steps, skipped, lr, *scalars, group_size, format.value,
-        weights.value, seed, numbers, firsts,
+        weights.value, seed, numbers, firsts, amax,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from .states_triton import (
     INFINITE,
     LEAN,
     MASTER,
+    NUMBER,
     PAPER,
     POINTERS,
     SCALARS,
@@ -29,8 +30,10 @@ from .states_triton import (
     fast_reciprocal,
     fast_rsqrt,
     fast_sqrt,
+    largest_bits,
     load,
     locate,
+    raise_amax,
     read_weights,
     round_weights,
     store,
@@ -41,6 +44,7 @@ from .tables_triton import find_row
 @triton.jit(do_not_specialize=["parameters"])
 def _adamw_kernel(
     table, scalars, parameters, skipped,  # int64 [parameters, WIDTH]; float32 [parameters, SCALARS]; int64 [1]
+    amax_ptr,  # int32 [of all parameters], or None
     kept1, unit1, kept2, unit2, unit_root, eps, weight_decay,  # unit = 1 - beta, its root; kept = beta / unit, or beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
@@ -87,6 +91,7 @@ def _adamw_kernel(
     ratio_unit = unit1 / unit_root
 
     broken = tl.zeros((GROUPS,), tl.int32)
+    largest = tl.zeros((GROUPS,), tl.int32)
     table = bends() if FORMAT == PAPER else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     group = first + tl.arange(0, GROUPS)
@@ -143,6 +148,8 @@ def _adamw_kernel(
         p = p * decay - m * fast_reciprocal(root * slope + least)
         chance = chances(key, group, offset, RAGGED, LANES, HALVES) if MODE == STOCHASTIC else 0
         rounded, residual = round_weights(p, chance, MODE)
+        if amax_ptr is not None:
+            largest = tl.maximum(largest, largest_bits(rounded, param, finite))
         store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
             store(residual_ptr, offset, residual, mask, second, HALVES)
@@ -169,11 +176,14 @@ def _adamw_kernel(
     count = tl.sum(broken)
     if count > 0:
         tl.atomic_add(skipped, count.to(tl.int64))
+    if amax_ptr is not None:
+        raise_amax(amax_ptr + tl.load(row + NUMBER), largest, PARAM)
 
 
 def adamw_step(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions,
     residuals, steps, skipped, lr, beta1, beta2, eps, weight_decay, group_size, format, weights, seed, numbers, firsts,
+    amax=None,
 ):  # fmt: skip
     moments = (exp_avgs, exp_avg_scales, exp_avg_expansions), (exp_avg_sqs, exp_avg_sq_scales, exp_avg_sq_expansions)
     unit1, unit2 = 1 - beta1, 1 - beta2
@@ -181,5 +191,5 @@ def adamw_step(
     shared.launch(
         _adamw_kernel, params, grads, moments, residuals, steps, skipped, lr, (beta1, beta2),
         (kept1, unit1, beta2 / unit2, unit2, unit2**0.5, eps, weight_decay), group_size, StateFormat(format),
-        Weights(weights), seed, numbers, firsts,
+        Weights(weights), seed, numbers, firsts, amax,
     )  # fmt: skip

@@ -8,12 +8,21 @@ import torch
 
 from ._registry import register
 from .adamw import check_step, commit, per_parameter
-from .states import StateFormat, Weights, decode_moments, encode_moments, read_weights, slabs, weight_key
+from .states import (
+    StateFormat,
+    Weights,
+    decode_moments,
+    encode_moments,
+    largest_magnitude,
+    read_weights,
+    slabs,
+    weight_key,
+)
 
 
 def lion_step_ref(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, residuals, steps, skipped, lr, beta1, beta2,
-    weight_decay, group_size, format, weights, seed, numbers, firsts,
+    weight_decay, group_size, format, weights, seed, numbers, firsts, amax=None,
 ):  # fmt: skip
     lr, format, weights = lr.item(), StateFormat(format), Weights(weights)
     states = per_parameter(params, exp_avgs, exp_avg_scales, exp_avg_expansions)
@@ -28,13 +37,15 @@ def lion_step_ref(
             m = m.mul_(beta2).add_(g, alpha=1 - beta2)
             encoded = encode_moments([m], group_size, format)
             commit(p, new, low, key, firsts[i] + begin, weights, [state], encoded, skipped, group_size)
+        if amax is not None:
+            amax[i] = largest_magnitude(param)
 
 
 _lion_step = register(
     "lion_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_scales, "
     "Tensor(d!)[] exp_avg_expansions, Tensor(e!)[] residuals, Tensor[] steps, Tensor(f!) skipped, Tensor lr, "
     "float beta1, float beta2, float weight_decay, int group_size, str format, str weights, int seed, int[] numbers, "
-    "int[] firsts) -> ()",
+    "int[] firsts, Tensor(g!)? amax=None) -> ()",
     lion_step_ref,
     lambda *args: None,
     "lion_triton:lion_step",
@@ -59,6 +70,7 @@ def lion_step(
     seed: int,
     numbers: list[int],
     firsts: list[int],
+    amax: torch.Tensor | None = None,
 ) -> None:
     """One Lion step of many parameters of one device, in place (arXiv 2302.06675, algorithm 2).
 
@@ -74,10 +86,10 @@ def lion_step(
     moments = {"exp_avg": exp_avg}
     check_step(
         "lion_step", params, grads, moments, residuals, steps, skipped, lr, group_size, format, weights, numbers,
-        firsts,
+        firsts, amax,
     )  # fmt: skip
     scalars = map(float, (beta1, beta2, weight_decay))
     _lion_step(
         params, grads, *exp_avg, residuals, steps, skipped, lr, *scalars, group_size, format.value, weights.value,
-        seed, numbers, firsts,
+        seed, numbers, firsts, amax,
     )  # fmt: skip

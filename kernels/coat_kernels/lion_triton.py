@@ -13,6 +13,7 @@ from .states_triton import (
     INFINITE,
     LEAN,
     MASTER,
+    NUMBER,
     PAPER,
     POINTERS,
     SCALARS,
@@ -24,8 +25,10 @@ from .states_triton import (
     decode_e4m3,
     encode_companded,
     encode_e4m3,
+    largest_bits,
     load,
     locate,
+    raise_amax,
     read_weights,
     round_weights,
     store,
@@ -36,6 +39,7 @@ from .tables_triton import find_row
 @triton.jit(do_not_specialize=["parameters"])
 def _lion_kernel(
     table, scalars, parameters, skipped,  # int64 [parameters, WIDTH]; float32 [parameters, SCALARS]; int64 [1]
+    amax_ptr,  # int32 [of all parameters], or None
     beta1, rest1, beta2, rest2, weight_decay,  # rest = 1 - beta
     PARAM: tl.constexpr, GRAD: tl.constexpr, GROUP_SIZE: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     RAGGED: tl.constexpr, ALIGNMENT: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, TILES: tl.constexpr,
@@ -63,6 +67,7 @@ def _lion_kernel(
     decay = 1.0 - lr * weight_decay
 
     broken = tl.zeros((GROUPS,), tl.int32)
+    largest = tl.zeros((GROUPS,), tl.int32)
     table = bends() if FORMAT == PAPER else 0
     stop = tl.minimum(first + TILES * GROUPS, group_count)
     for start in tl.range(first, stop, GROUPS, num_stages=STAGES):
@@ -95,6 +100,8 @@ def _lion_kernel(
         p -= tl.where(direction > 0.0, lr, tl.where(direction < 0.0, -lr, 0.0))
         chance = chances(key, group, offset, RAGGED, LANES, HALVES) if MODE == STOCHASTIC else 0
         rounded, residual = round_weights(p, chance, MODE)
+        if amax_ptr is not None:
+            largest = tl.maximum(largest, largest_bits(rounded, param, finite))
         store(param_ptr, offset, rounded, mask, second, HALVES)
         if MODE == MASTER:
             store(residual_ptr, offset, residual, mask, second, HALVES)
@@ -109,14 +116,16 @@ def _lion_kernel(
     count = tl.sum(broken)
     if count > 0:
         tl.atomic_add(skipped, count.to(tl.int64))
+    if amax_ptr is not None:
+        raise_amax(amax_ptr + tl.load(row + NUMBER), largest, PARAM)
 
 
 def lion_step(
     params, grads, exp_avgs, exp_avg_scales, exp_avg_expansions, residuals, steps, skipped, lr, beta1, beta2,
-    weight_decay, group_size, format, weights, seed, numbers, firsts,
+    weight_decay, group_size, format, weights, seed, numbers, firsts, amax=None,
 ):  # fmt: skip
     shared.launch(
         _lion_kernel, params, grads, [(exp_avgs, exp_avg_scales, exp_avg_expansions)], residuals, steps, skipped, lr,
         (beta1, beta2), (beta1, 1 - beta1, beta2, 1 - beta2, weight_decay), group_size, StateFormat(format),
-        Weights(weights), seed, numbers, firsts,
+        Weights(weights), seed, numbers, firsts, amax,
     )  # fmt: skip

@@ -76,7 +76,7 @@ def _check_dither(name, dither, width):
         )
 
 
-def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither):
+def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither, amax):
     first = parts[0]
     if first.dtype not in SOURCE_DTYPES:
         raise TypeError(f"quantize: x is {first.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
@@ -113,6 +113,17 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
         )
     if isinstance(dither, torch.Tensor):
         _check_dither("quantize", dither, first.shape[-1])
+    if amax is not None:
+        if granularity != Granularity.TENSOR or scale is not None:
+            raise ValueError(
+                f"quantize: amax is what a measured scale of the whole tensor is made from, but granularity is "
+                f"{granularity!r} and scale {'None' if scale is None else 'given'}"
+            )
+        if amax.dtype != torch.float32 or amax.numel() != 1 or amax.device != first.device:
+            raise ValueError(
+                f"quantize: amax is {amax.dtype} {list(amax.shape)} on {amax.device}, expected one torch.float32 "
+                f"number on {first.device} as x"
+            )
     if scale is not None:
         shape = joint_shape(parts, dim)
         expected = scale_shape(*shape, granularity, group_size)
@@ -125,7 +136,7 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
 
 def quantize_ref(
     x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype=torch.float32, dim=0,
-    dither=None,
+    dither=None, amax=None,
 ):  # fmt: skip
     x = (x if isinstance(x, torch.Tensor) else torch.cat(list(x), dim)).float()
     tokens, width = x.shape
@@ -134,7 +145,7 @@ def quantize_ref(
         if x.numel() == 0:
             amax = x.new_zeros(scale_shape(tokens, width, granularity, group_size))
         elif granularity == Granularity.TENSOR:
-            amax = magnitude.amax().reshape(1, 1)
+            amax = (magnitude.amax() if amax is None else amax.abs()).reshape(1, 1)
         elif granularity == Granularity.TOKEN:
             amax = magnitude.amax(dim=1, keepdim=True)
         else:
@@ -150,7 +161,7 @@ def quantize_ref(
 
 
 def _quantize_fake(
-    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither
+    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax=None
 ):
     tokens, width = joint_shape(parts, dim)
     shape = scale_shape(tokens, width, granularity, group_size)
@@ -164,7 +175,8 @@ def _quantize_fake(
 
 _quantize = register(
     "quantize(Tensor[] x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
-    "bool codes, bool transposed, ScalarType scale_dtype, int dim, Tensor? dither) -> (Tensor, Tensor, Tensor)",
+    "bool codes, bool transposed, ScalarType scale_dtype, int dim, Tensor? dither, Tensor? amax=None) "
+    "-> (Tensor, Tensor, Tensor)",
     quantize_ref,
     _quantize_fake,
     "quantize_triton:quantize",
@@ -184,6 +196,7 @@ def quantize(
     scale_dtype: torch.dtype = torch.float32,
     dim: int = 0,
     dither: bool | torch.Tensor = False,
+    amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Quantize ``x`` to FP8: ``x ≈ x_q * x_s``, ``x_s = amax / largest``, rounded up to a power of two if asked.
 
@@ -204,6 +217,9 @@ def quantize(
         dither: Multiply the power-of-two scales of all tokens by one factor in [1, 2) that changes with the values
             (formats.dither_factor): for weights, which are much the same from step to step. It is drawn from the last
             row, or from a row [>= min(H, 256)] that is given, where rows of one matrix are quantized in many places.
+        amax: With granularity "tensor" the largest magnitude of all values, one float32 number, if somebody knows it:
+            that saves the pass over them which finds it, and changes no result. It is not checked; values above it
+            would be cut off.
 
     Returns:
         ``(x_q, x_qt, x_s)``: codes [T, H], transposed codes [H, round_up(T, 16)] with zeros beyond T, and scales,
@@ -220,11 +236,11 @@ def quantize(
         parts = tuple(part.reshape(-1, part.shape[-1]) for part in x)
     else:
         raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
-    _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither)
+    _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither, amax)
     if isinstance(dither, bool):
         dither = next((part[-1] for part in reversed(parts) if part.numel()), None) if dither else None
     x_q, x_qt, x_s = _quantize(
-        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither
+        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax
     )
     return x_q if codes else None, x_qt if transposed else None, x_s if scale is None else scale
 

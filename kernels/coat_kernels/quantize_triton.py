@@ -294,7 +294,9 @@ def _pieces(x, x_q, x_qt, x_s):
         begin = end
 
 
-def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither=None):
+def quantize(
+    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither=None, amax=None
+):
     tokens, width = joint_shape(x, dim)
     emax, given, device = MAX_EXPONENT[dtype], scale is not None, x[0].device
     if len(x) > 1:
@@ -334,13 +336,16 @@ def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, tran
             )  # fmt: skip
     else:
         if granularity == "tensor" and not given:
-            amax = torch.zeros(1, dtype=torch.int32, device=device)
-            block_t, block_h = 8, 1024
-            for part in x:
-                _amax_kernel[(ceil_div(part.shape[0], block_t), ceil_div(width, block_h))](
-                    part, amax, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
-                )
-            _scale_kernel[(1,)](amax, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
+            if amax is None:
+                bits = torch.zeros(1, dtype=torch.int32, device=device)
+                block_t, block_h = 8, 1024
+                for part in x:
+                    _amax_kernel[(ceil_div(part.shape[0], block_t), ceil_div(width, block_h))](
+                        part, bits, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
+                    )
+            else:
+                bits = amax.view(torch.int32)
+            _scale_kernel[(1,)](bits, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
         block_t, block_h, warps = _tile(width, group_size, keep, at_once)
         for part, q, qt, s, columns in pieces:
             rows = max(part.shape[0], columns)
@@ -401,8 +406,8 @@ def quantize_each(x, dither):
 
 @triton.jit
 def _scale_kernel(amax_ptr, s_ptr, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """The scale of one amax, given by its bits. One program."""
-    tl.store(s_ptr, scale_from_bits(tl.load(amax_ptr), EMAX, POWER_OF_TWO))
+    """The scale of one amax, given by its bits; its sign, which a NaN may have, does not count. One program."""
+    tl.store(s_ptr, scale_from_bits(tl.load(amax_ptr) & 0x7FFFFFFF, EMAX, POWER_OF_TWO))
 
 
 def dequantize(x_q, x_s, group_size, dtype):

@@ -272,6 +272,11 @@ def slabs(param: torch.Tensor, *others: torch.Tensor | None) -> Iterator[tuple]:
 # --- weights
 
 
+def largest_magnitude(param: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in a parameter, one number; NaN where it has one, zero where it has no values."""
+    return param.abs().amax() if param.numel() else param.new_zeros(())
+
+
 def weight_key(seed: int, parameter: int, step: torch.Tensor) -> torch.Tensor:
     """What stochastic rounding of one parameter in one step hashes with each index: int64 below 2**32.
 

@@ -23,15 +23,16 @@ from triton.language.extra import libdevice
 
 from .states import StateFormat, Weights, hashed, mixed
 from .tables_triton import TRITON_DTYPES, on_device
-from .tiles_triton import INTERPRETED, to_float, to_fp8
+from .tiles_triton import INTERPRETED, amax_bits, to_float, to_fp8
 
 # The columns of the table, int64; the last one is what tables_triton.find_row reads.
 POINTERS = tl.constexpr(0)  # param, grad, residual; codes, scales, expansions of each moment
 GROUP_COUNT = tl.constexpr(9)
 COLUMNS = tl.constexpr(10)  # values in a row of the parameter
 GROUPS_PER_ROW = tl.constexpr(11)
-FIRST_PROGRAM = tl.constexpr(12)
-WIDTH = tl.constexpr(13)
+NUMBER = tl.constexpr(12)  # of the parameter among those that are stepped
+FIRST_PROGRAM = tl.constexpr(13)
+WIDTH = tl.constexpr(14)
 # The columns of the scalars, float32: lr, 1 / (1 - beta1**step), 1 / sqrt(1 - beta2**step), the bits of the key.
 SCALARS = tl.constexpr(4)
 
@@ -356,6 +357,23 @@ def _upper_half(bits):
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
+@triton.jit
+def largest_bits(rounded, param, finite):
+    """Bits of the largest magnitude in each group of a tile: of what :func:`round_weights` gave, or, where a group is
+    not finite, of ``param``, which stays. What is masked is zero in both."""
+    return amax_bits(tl.where(finite[:, None], rounded.to(tl.float32), param), 1)
+
+
+@triton.jit
+def raise_amax(pointer, largest, PARAM: tl.constexpr):
+    """Raise the bits at ``pointer`` to the largest of :func:`largest_bits`. A maximum of integers has no order, and
+    rounding to PARAM keeps theirs: where weights are rounded to nearest that is still to be done."""
+    bits = tl.max(largest)
+    if PARAM == tl.bfloat16:  # by hand: to_float takes two numbers or more
+        bits = tl.where(bits > INFINITE, bits, (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536)
+    tl.atomic_max(pointer, bits, sem="relaxed")
+
+
 # --- one launch for many parameters
 
 
@@ -450,13 +468,14 @@ def _scalars(lr, steps, places, betas, weights, seed, device) -> torch.Tensor:
 
 def launch(
     kernel, params, grads, moments, residuals, steps, skipped, lr, betas, constants, group_size, format, weights,
-    seed, numbers, firsts,
+    seed, numbers, firsts, amax,
 ):  # fmt: skip
     """Step all parameters with one launch of ``kernel`` for those of equal dtypes, width of groups and alignment.
 
     Args:
         moments: ``(codes, scales, expansions)`` of each moment, the last one empty where the format has none.
         constants: The kernel's float arguments.
+        amax: Float32 [parameters] for the largest magnitudes of their new values, or None.
     """
     cut = CUTS[format]
     kinds = defaultdict(lambda: ([], [], []))
@@ -479,9 +498,10 @@ def launch(
         pointers += [0] * (GROUP_COUNT.value - len(pointers))
         aligned = values % VECTOR == 0 and (not ragged or columns % VECTOR == 0)
         rows, of_rows, places = kinds[param.dtype, grad.dtype, mode, lanes, ragged, aligned]
-        rows.append([*pointers, count // columns * groups_per_row, columns, groups_per_row])
+        rows.append([*pointers, count // columns * groups_per_row, columns, groups_per_row, i])
         of_rows.append(steps[i])
         places.append((numbers[i], firsts[i]))
+    bits = None if amax is None else amax.zero_().view(torch.int32)
     with torch.cuda.device_of(skipped):
         for (param_dtype, grad_dtype, mode, lanes, ragged, aligned), (rows, of_rows, places) in kinds.items():
             groups, programs = min(max(1, cut.tile // lanes), MOST_GROUPS), 0
@@ -491,7 +511,7 @@ def launch(
             table = on_device(tuple(map(tuple, rows)), skipped.device)
             scalars = _scalars(lr, of_rows, places, betas, mode, seed, skipped.device)
             kernel[(programs,)](
-                table, scalars, len(rows), skipped, *constants,
+                table, scalars, len(rows), skipped, bits, *constants,
                 PARAM=TRITON_DTYPES[param_dtype], GRAD=TRITON_DTYPES[grad_dtype], GROUP_SIZE=group_size,
                 FORMAT=FORMATS[format], MODE=WEIGHTS[mode], RAGGED=ragged, ALIGNMENT=VECTOR if aligned else 1,
                 GROUPS=groups, LANES=lanes, TILES=TILES, STAGES=cut.stages,

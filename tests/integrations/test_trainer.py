@@ -31,6 +31,7 @@ from hf_coat import (
     TrainingArguments,
     with_coat,
 )
+from hf_coat.functional import operands
 from hf_coat.integrations import callback
 from hf_coat.integrations import trainer as ours
 from hf_coat.modules import CoatFrozenLinear, CoatLinear
@@ -241,6 +242,20 @@ def test_bf16_autocast(make):
     trained = make(bf16=True, use_cpu=not torch.cuda.is_available())
     trained.train()
     assert {p.dtype for p in trained.model.parameters()} == {torch.float32} and converted(trained.model) == 14
+
+
+def test_the_optimizer_hands_over_the_amax_of_new_weights(make, monkeypatch):
+    """Accelerate's wrapper of the optimizer is one too, and must not count as another one that stepped since."""
+    found, ask = [], operands.ask_amax
+
+    def spy(weight):
+        found.append(ask(weight))
+        return found[-1]
+
+    monkeypatch.setattr(operands, "ask_amax", spy)
+    make(coat="paper", max_steps=3, gradient_accumulation_steps=1).train()
+    asked = [amax is not None for amax in found]
+    assert asked[:42] == [False] * 14 + [True] * 28  # what follows are not weights: the estimate at the end
 
 
 def test_the_public_fallback(make, tmp_path, heard):

@@ -266,6 +266,42 @@ def test_pieces_are_rounded_as_the_whole(implementation, request, device):
     assert not torch.equal(elsewhere.params[0], pieces[1].params[0]), "it does depend on the place"
 
 
+@pytest.mark.parametrize("implementation", ["reference", "twin"])
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[2], MODES[4]])
+def test_amax_is_of_the_weights_as_stored(implementation, mode, request, device):
+    """Also of groups that are skipped; zero without values, NaN or inf where a weight is; nothing else changes."""
+    step = request.getfixturevalue("twin") if implementation == "twin" else adamw_step_ref
+    device = device if implementation == "twin" else "cpu"
+    params, grads = sample([(3, 5, 130), (0, 48), (), (50,), (2, 300), (3, 140), (2, 64), (2, 64)])
+    params[-4][1, 140], params[-3][2, 139] = -50.0, 60.0
+    params[-2][0, 3], params[-1][1, 0] = math.inf, math.nan
+    case = Case(params, *mode)
+    plain, amax = case.copy(), torch.full((len(params),), 77.0, device=device)
+    for _ in range(2):
+        g = grads()
+        g[-4][1, 130], g[-3][2, 139] = math.nan, math.inf  # in the groups of the two large weights
+        case.run(lambda *arguments: step(*arguments, amax), g, device)
+        plain.run(step, g, device)
+        expected = torch.stack([p.float().abs().amax() if p.numel() else torch.zeros(()) for p in case.params])
+        assert torch.equal(amax.cpu().nan_to_num(77.0), expected.nan_to_num(77.0)) and amax[-1].isnan()
+        assert amax[-4] == 50 and amax[-3] == 60 and case.skipped.item() % 2 == 0
+    for a, b in zip(case.tensors(), plain.tensors(), strict=True):
+        assert torch.equal(a.float().nan_to_num(77.0), b.float().nan_to_num(77.0))
+
+
+def test_amax_of_many_programs(device):
+    """The tiles as they are, whichever program has the largest value; a number for each parameter of each launch."""
+    twin = pytest.importorskip("coat_kernels.adamw_triton", reason="Triton is not installed").adamw_step
+    params, grads = sample([(40, 128), (3, 128), (1, 100), (17, 257)])
+    for i, p in enumerate(params):
+        p.view(-1)[(i * 37 + 11) * 97 % p.numel()] = -9.0 - i
+    for mode in (MODES[0], (*MODES[2], 1024), MODES[3]):  # with 1024 a tile is a group
+        case, amax = Case(params, *mode), torch.empty(len(params), device=device)
+        case.run(lambda *arguments: twin(*arguments, amax), grads(), device)  # noqa: B023
+        assert torch.equal(amax.cpu(), torch.stack([p.float().abs().amax() for p in case.params]))
+
+
 # --- what encoding does with a group
 
 
@@ -652,6 +688,7 @@ def arguments(**changes):
         ({"steps": [torch.ones(2), torch.ones(())]}, ValueError, r"steps\[0\] has the shape \[2\]"),
         ({"skipped": torch.zeros(1)}, ValueError, "skipped is torch.float32"),
         ({"lr": torch.ones(2)}, ValueError, r"lr has the shape \[2\]"),
+        ({"amax": torch.ones(3)}, ValueError, r"amax is torch.float32 \[3\] on cpu, expected contiguous .*\[2\]"),
     ],
 )
 def test_errors_name_the_value(changes, error, message):
@@ -674,7 +711,8 @@ def test_operator(mode):
     )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     op = torch.ops.coat_kernels.adamw_step.default
-    torch.library.opcheck(op, (*states, *scalars, *case.settings()), test_utils=checks)
+    for amax in ((), (torch.ones(2),)):
+        torch.library.opcheck(op, (*states, *scalars, *case.settings(), *amax), test_utils=checks)
 
 
 @pytest.mark.gpu

@@ -160,6 +160,57 @@ def test_rows_in_several_places_share_the_row_that_is_given(device):
         ck.quantize(w, dither=row[:79])
 
 
+SPECIAL = {"zeros": 0.0, "nan": float("nan"), "-nan": -float("nan"), "inf": float("inf"), "tiny": 1e-39, "huge": 3e38}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "twin"])
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_given_amax_changes_nothing(implementation, request, device, shape, dtype, power_of_two, monkeypatch):
+    """Codes and scale to the bit, without the pass that finds the amax."""
+    step = quantize_ref if implementation == "reference" else request.getfixturevalue("twin").quantize
+    device = "cpu" if implementation == "reference" else device
+    samples = {"sample": sample(*shape, torch.float32)}
+    if shape == (37, 100) and (implementation == "reference" or dtype == torch.float32):
+        for name, value in SPECIAL.items():
+            samples[name] = samples["sample"] * 0 if name in ("zeros", "tiny") else samples["sample"].clone()
+            samples[name][5, 7] = value
+    found = []
+    for x in samples.values():
+        x = x.to(device, dtype)
+        amax = x.float().abs().amax() if x.numel() else torch.zeros((), device=device)
+        for codes, transposed in ((True, False), (False, True), (True, True)):
+            rest = (E4M3, "tensor", 0, power_of_two, None, codes, transposed, torch.float32, 0)
+            found.append(((x, *rest), amax, step(x if implementation == "reference" else [x], *rest)))
+    if implementation == "twin":
+        monkeypatch.setattr(request.getfixturevalue("twin"), "_amax_kernel", None)
+    for (x, *rest), amax, expected in found:
+        actual = step(x if implementation == "reference" else [x], *rest, None, amax)
+        for a, b in zip(actual, expected, strict=True):
+            assert a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_given_amax_in_public(device):
+    """Of several tensors it is the largest of theirs; what it does not go with is refused."""
+    parts = [sample(n, 96, device=device) for n in (7, 20)]
+    amax = torch.stack([part.float().abs().amax() for part in parts])
+    for power_of_two in (True, False):
+        options = dict(granularity="tensor", power_of_two=power_of_two, transposed=True)
+        given, found = ck.quantize(parts, amax=amax.amax(), **options), ck.quantize(parts, **options)
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(given, found, strict=True))
+    with pytest.raises(ValueError, match="amax .* granularity is 'token' and scale None"):
+        ck.quantize(parts[0], amax=amax[0])
+    with pytest.raises(ValueError, match="amax .* granularity is 'tensor' and scale given"):
+        ck.quantize(parts[0], granularity="tensor", scale=torch.ones(1, 1, device=device), amax=amax[0])
+    with pytest.raises(ValueError, match=r"amax is torch.float32 \[2\].*, expected one torch.float32 number"):
+        ck.quantize(parts[0], granularity="tensor", amax=amax)
+    with pytest.raises(ValueError, match=r"amax is torch.float64 \[\]"):
+        ck.quantize(parts[0], granularity="tensor", amax=amax[0].double())
+    arguments = (parts, E4M3, "tensor", 0, True, None, True, True, torch.float32, 0, None, amax.amax())
+    torch.library.opcheck(torch.ops.coat_kernels.quantize.default, arguments, test_utils=OPCHECKS)
+
+
 # Columns: equal ones, those of a grouped attention, awkward ones, an empty part, more than one launch takes, no token
 COLUMNS = [(5, (64, 64)), (37, (64, 16, 16)), (7, (100, 1, 33, 257)), (3, (16, 0, 48)), (1, (16,) * 5), (0, (32, 16))]
 

@@ -91,8 +91,10 @@ def test_parity(format, weights, device, monkeypatch):
             tensors = (params, [p.grad for p in params], *parts, residuals, [s["step"] for s in states], skipped)
             with torch.no_grad():
                 where_in_the_run = list(range(len(params))), [0] * len(params)
-                step(*tensors, torch.tensor(0.01), 0.9, 0.99, 0.1, 128, format, weights, 5, *where_in_the_run)
+                amax = torch.empty(len(params), device=where)
+                step(*tensors, torch.tensor(0.01), 0.9, 0.99, 0.1, 128, format, weights, 5, *where_in_the_run, amax)
             assert skipped.item() == 0
+            assert amax.tolist() == [p.abs().max().item() if p.numel() else 0.0 for p in params]
         runs.append((params, parts))
     (params, parts), (other, others) = runs
     values = unequal = moved = 0
