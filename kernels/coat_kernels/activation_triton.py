@@ -1,8 +1,9 @@
 """Triton twins of activation.py: each reads its inputs from memory once; what it reads again is in the cache.
 
-The sigmoid is ``1 / (1 + exp2(-z * log2(e)))`` in float32. Its relative error is at most 2**-20 + |z| * 2**-23 (of
-exp2 and the division, and of the rounded exponent), until it is zero below z = -88: 2**-16 in the worst place, where
-half a step of BF16 is 2**-9 at least. It is exactly 1 from z = 18 on, so no rounding is left over in a slope far out.
+The sigmoid is ``1 / (1 + exp2(-z * log2(e)))`` in float32, log2(e) in the constants of z. Its relative error is at
+most 2**-20 + |z| * 2**-23 (of exp2 and the division, and of the rounded exponent), until it is zero below z = -88:
+2**-16 in the worst place, where half a step of BF16 is 2**-9 at least. It is exactly 1 from z = 18 on, so no rounding
+is left over in a slope far out.
 """
 
 from typing import NamedTuple
@@ -49,13 +50,20 @@ REGISTERS = 65536  # of a processor, for all threads of a program
 FORWARD = Rows(block=4096, most=5, warps=16, registers=64, wide_registers=64)
 BACKWARD = Rows(block=4096, most=5, warps=16, registers=64, wide_registers=128)
 TRANSPOSED_TILE = 32, 128, 2  # rows, columns, at least as many as in a group, and warps
+GELU_TANH_TILE = 128, 128, 4  # the same for gelu_tanh without up
 AHEAD = 2  # tiles of the forward that are on their way while one is at work
 
 
 @triton.jit
-def _sigmoid(z):
-    """``1 / (1 + exp(-z))`` of float32 ``z``."""
-    e = 1.0 + tl.exp2(-1.4426950408889634 * z)
+def _sigmoid(x, ACT: tl.constexpr, scale=1.0):
+    """``sigmoid(z) / scale`` where ``act(x) = x * sigmoid(z)``. The exponent may overflow: a sigmoid of zero."""
+    if ACT == "quick_gelu":  # z = 1.702 x
+        exponent = -2.4554669595930156 * x
+    elif ACT == "gelu_tanh":  # z = sqrt(8 / pi) (x + 0.044715 x**3)
+        exponent = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))
+    else:
+        exponent = -1.4426950408889634 * x
+    e = scale + scale * tl.exp2(exponent)
     if INTERPRETED:
         return 1.0 / e
     else:  # 0 for denominators above 2**126
@@ -78,17 +86,12 @@ def value_and_slope(x, ACT: tl.constexpr):
         return x * cdf, cdf + x * tl.exp2(-0.7213475204444817 * x * x) * 0.3989422804014327
     else:
         if ACT == "quick_gelu":
-            z = 1.702 * x
             dz = 1.702
-        elif ACT == "gelu_tanh":
-            near = tl.minimum(tl.maximum(x, -16.0), 16.0)
-            square = near * near
-            z = near * (1.5957691216057308 + 0.07135481282553595 * square)  # sqrt(8 / pi), and 0.044715 of it
-            dz = 1.5957691216057308 + 0.21406443847660785 * square
+        elif ACT == "gelu_tanh":  # far out it is multiplied by zero
+            dz = 1.5957691216057308 + 0.21406443847660785 * tl.minimum(x * x, 256.0)
         else:
-            z = x
             dz = 1.0
-        s = _sigmoid(z)
+        s = _sigmoid(x, ACT)
         y = x * s
         return y, s + y * (1.0 - s) * dz
 
@@ -332,15 +335,20 @@ def _activation_transposed_kernel(
     PARTS: tl.constexpr = 2 if GATED else 1
     word = tl.program_id(0).to(tl.int64) * (BLOCK_T // 4) + tl.arange(0, BLOCK_T // 4)
     h0 = tl.program_id(1) * BLOCK_H
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    scale = tl.load(scale_ptr)
+    inverse = tl.div_rn(1.0, scale)
     parts = ()
     for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
         t = 4 * word + i
         x = _restore(kept_ptr, kept_s_ptr, t, h0, 0, PARTS, tokens, width, GROUP, BLOCK_H)
-        y, _ = value_and_slope(x, ACT)
-        if GATED:
-            y *= _restore(kept_ptr, kept_s_ptr, t, h0, 1, PARTS, tokens, width, GROUP, BLOCK_H)
-        parts = parts + (y * inverse,)
+        if ACT == "gelu_tanh" and not GATED:  # with up, x over the scale might overflow
+            y = x * _sigmoid(x, ACT, scale)
+        else:
+            y, _ = value_and_slope(x, ACT)
+            if GATED:
+                y *= _restore(kept_ptr, kept_s_ptr, t, h0, 1, PARTS, tokens, width, GROUP, BLOCK_H)
+            y *= inverse
+        parts = parts + (y,)
     words = to_fp8_words(parts[0], parts[1], parts[2], parts[3], 8)
     h = h0 + tl.arange(0, BLOCK_H)[:, None]
     # Zeros behind the last token, as masked values are zero and so is the activation of zero.
@@ -444,7 +452,7 @@ def activation_transposed(kept_q, kept_s, scale, act, gated, group_size):
     padded = round_up(tokens, 16)
     h_qt = torch.empty((width, padded), dtype=kept_q.dtype, device=kept_q.device)
     if tokens:
-        block_t, block_h, warps = TRANSPOSED_TILE
+        block_t, block_h, warps = GELU_TANH_TILE if act == "gelu_tanh" and not gated else TRANSPOSED_TILE
         block_h = max(block_h, group_size)
         _activation_transposed_kernel[(triton.cdiv(padded, block_t), triton.cdiv(width, block_h))](
             kept_q.contiguous(), kept_s.contiguous(), scale, h_qt.view(torch.int32), tokens, width, padded // 16,

@@ -17,11 +17,15 @@ from .quantize import scale_shape
 from .quantize_triton import nothing
 from .scaled_mm_triton import processors
 from .tiles_triton import (
+    INTERPRETED,
+    amax_bits,
+    inverse_scale,
     magnitude_bits,
     quantize_groups,
     scale_from_bits,
     scale_groups,
     to_float,
+    to_float32,
     to_fp8,
     to_fp8_words,
     unpack_scale,
@@ -34,6 +38,7 @@ WIDEST = 8192  # values of a row that one program holds; twice as many do not fi
 PIECE = MOST_IN_A_GROUP  # values at a time of a wider row: whole groups
 TILE = 2048  # values of a program of shorter rows
 PER_WARP = 512  # values: 16 for each thread, one 16-byte access of FP8 and two of BF16
+REGISTERS = 40  # of a thread of the forward: 48 warps on a processor, the fastest of a sweep on an H200
 RESIDENT_WARPS = 16  # of the backward on one processor: of 128 registers for each thread
 STAGES = 3  # tiles of the backward in flight: one at work, two on their way
 
@@ -50,7 +55,7 @@ def tile_of(width: int) -> tuple[int, int, int]:
 
 def transposed_tile_of(width: int, group_size: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile that is written transposed: the fastest of a sweep on an H200."""
-    return 128, max(64, min(group_size, triton.next_power_of_2(width))), 4
+    return 64, max(64, min(group_size, triton.next_power_of_2(width))), 4
 
 
 def _dense(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -68,8 +73,17 @@ def _coefficients(ptr, t, h, width, NEUTRAL: tl.constexpr):
     if ptr is None:
         values = tl.full(h.shape, NEUTRAL, tl.float32)
     else:
-        values = tl.load(ptr + h, mask=h < width, other=0.0).to(tl.float32)
+        values = to_float32(tl.load(ptr + h, mask=h < width, other=0.0))
     return values
+
+
+@triton.jit
+def _columns(BLOCK_H: tl.constexpr):
+    """Columns [1, BLOCK_H] of a tile whose threads take 8 at a time, of BF16 and of FP8.
+
+    By itself Triton gives a thread 16 for an access of FP8, and values change threads through shared memory.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK_H), 8 if BLOCK_H > 8 else BLOCK_H)[None, :]
 
 
 @triton.jit
@@ -107,12 +121,12 @@ def _norm_kernel(
 ):  # fmt: skip
     """Everything that norm returns of BLOCK_T whole tokens. Grid: one program for each BLOCK_T tokens."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = tl.arange(0, BLOCK_H)[None, :]
+    h = _columns(BLOCK_H)
     here, inside = t < tokens, (t[:, None] < tokens) & (h < width)
     address = t[:, None] * width + h
-    x = tl.load(x_ptr + t[:, None] * stride + h, mask=inside, other=0.0).to(tl.float32)
-    w = _coefficients(w_ptr, t, h, width, 1.0) + offset  # on their way before the first sum waits for x
-    b = _coefficients(b_ptr, t, h, width, 0.0)
+    x = to_float32(tl.load(x_ptr + t[:, None] * stride + h, mask=inside, other=0.0))
+    if GROUP > 0:
+        _store_groups(x, xq_ptr, xs_ptr, t, h, 0, tokens, width, GROUP)
     centered = x
     if CENTER:
         mean = tl.sum(x, axis=1) / width
@@ -120,15 +134,16 @@ def _norm_kernel(
         centered = tl.where(inside, x - mean[:, None], 0.0)
     rstd = _rstd(tl.sum(centered * centered, axis=1) / width, eps)
     tl.store(rstd_ptr + t, rstd, mask=here)
+    # Not before the sums: they come from a cache, and registers that wait are other programs' (see REGISTERS).
+    w = _coefficients(w_ptr, t, h, width, 1.0) + offset
+    b = _coefficients(b_ptr, t, h, width, 0.0)
     y = _output(centered, rstd, w, b, ROUND_FIRST, x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
     tl.store(y_ptr + address, y, mask=inside)
-    if GROUP > 0:
-        _store_groups(x, xq_ptr, xs_ptr, t, h, 0, tokens, width, GROUP)
     if CODES:
-        y = y.to(tl.float32)
-        s = scale_from_bits(tl.max(magnitude_bits(y), axis=1), EMAX, True)
+        y = to_float32(y)
+        s = scale_from_bits(amax_bits(y, 1), EMAX, True)
         tl.store(ys_ptr + t, s, mask=here)
-        tl.store(yq_ptr + address, to_fp8(y * tl.div_rn(1.0, s)[:, None], EMAX), mask=inside)
+        tl.store(yq_ptr + address, to_fp8(y * inverse_scale(s, True)[:, None], EMAX), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -199,10 +214,13 @@ def norm(x, weight, bias, eps, center, offset, round_first, out_dtype, group_siz
     if tokens:
         block_t, block_h, warps = tile_of(width)
         kernel = _norm_kernel if width <= block_h else _norm_wide_kernel
+        # Tiles of several tokens, odd widths and other dtypes would spill; the wide kernel has loops.
+        usual = (x.dtype, scale_dtype) == (torch.bfloat16, torch.uint8) and width % 16 == 0
+        registers = REGISTERS if usual and block_t == 1 and width <= block_h else None
         kernel[(triton.cdiv(tokens, block_t),)](
             x, weight, bias, y, y_q, y_s, x_q, x_s, mean, rstd, tokens, width, x.stride(0), eps, offset,
             CENTER=center, ROUND_FIRST=round_first, GROUP=min(group_size, block_h), CODES=codes,
-            BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+            BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
     return y, y_q, y_s, x_q, x_s, mean, rstd
 
@@ -214,7 +232,17 @@ def _load_scales(s_ptr, t, stop, g, groups):
 
 
 @triton.jit
-def _load_kept(xq_ptr, mean_ptr, stored, factor, t, h, stop, width, GROUP: tl.constexpr):
+def _load_numbers(ptr, t, stop):
+    """The number of each token t before ``stop``, zeros behind it; None of what is not there."""
+    if ptr is None:
+        numbers = None
+    else:
+        numbers = tl.load(ptr + t, mask=t < stop, other=0.0)
+    return numbers
+
+
+@triton.jit
+def _load_kept(xq_ptr, mean, stored, factor, t, h, stop, width, GROUP: tl.constexpr):
     """``(x - mean) * factor`` of tokens t before ``stop``, columns h, where x is kept with the scales ``stored``.
 
     The factor [BLOCK_T] joins the scales first, which is exact if they are powers of two: one product for each value.
@@ -222,8 +250,8 @@ def _load_kept(xq_ptr, mean_ptr, stored, factor, t, h, stop, width, GROUP: tl.co
     """
     q = tl.load(xq_ptr + t[:, None] * width + h, mask=(t[:, None] < stop) & (h < width), other=0.0).to(tl.float32)
     x = scale_groups(q, unpack_scale(stored) * factor[:, None], GROUP)
-    if mean_ptr is not None:
-        x -= (tl.load(mean_ptr + t, mask=t < stop, other=0.0) * factor)[:, None]
+    if mean is not None:
+        x -= (mean * factor)[:, None]
     return x
 
 
@@ -231,7 +259,21 @@ def _load_kept(xq_ptr, mean_ptr, stored, factor, t, h, stop, width, GROUP: tl.co
 def _load_gradient(dy_ptr, t, h, stop, width, stride):
     """dy in float32 of tokens t before ``stop``, columns h; zeros elsewhere."""
     inside = (t[:, None] < stop) & (h < width)
-    return tl.load(dy_ptr + t[:, None] * stride + h, mask=inside, other=0.0).to(tl.float32)
+    return to_float32(tl.load(dy_ptr + t[:, None] * stride + h, mask=inside, other=0.0))
+
+
+@triton.jit
+def _add_both(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def _both_sums(a, b):
+    """Sums of a and of b [BLOCK_T, BLOCK_H] over the columns: threads exchange and wait once, not twice."""
+    if INTERPRETED:  # which calls a function for each pair of values
+        return tl.sum(a, axis=1), tl.sum(b, axis=1)
+    else:
+        return tl.reduce((a, b), 1, _add_both)
 
 
 @triton.jit(do_not_specialize=["tokens", "each"])
@@ -246,25 +288,32 @@ def _norm_backward_kernel(
     """
     first = tl.program_id(0) * each
     stop = tl.minimum(first + each, tokens)
-    h = tl.arange(0, BLOCK_H)[None, :]
+    h = _columns(BLOCK_H)
     g_index = tl.arange(0, BLOCK_H // GROUP)[None, :]
     groups = tl.cdiv(width, GROUP)
     w = _coefficients(w_ptr, tl.arange(0, BLOCK_T), h, width, 1.0) + offset
     dw = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     db = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    next_scales = _load_scales(xs_ptr, (first + tl.arange(0, BLOCK_T)).to(tl.int64), stop, g_index, groups)
+    t = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
+    next_scales = _load_scales(xs_ptr, t, stop, g_index, groups)
+    next_rstd = _load_numbers(rstd_ptr, t, stop)
+    next_mean = next_rstd if mean_ptr is None else _load_numbers(mean_ptr, t, stop)
     for start in tl.range(first, stop, BLOCK_T, num_stages=STAGES):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        # Triton fetches the other operands of later tiles ahead of time, but cannot do that for single bytes.
-        stored = next_scales
+        # Triton fetches dy and codes of later tiles ahead of time, but cannot do that for single bytes, and single
+        # numbers would come through shared memory.
+        stored, rstd, mean = next_scales, next_rstd, next_mean
         next_scales = _load_scales(xs_ptr, t + BLOCK_T, stop, g_index, groups)
-        rstd = tl.load(rstd_ptr + t, mask=t < stop, other=0.0)
-        xhat = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, stop, width, GROUP)
+        next_rstd = _load_numbers(rstd_ptr, t + BLOCK_T, stop)
+        next_mean = next_rstd if mean_ptr is None else _load_numbers(mean_ptr, t + BLOCK_T, stop)
+        xhat = _load_kept(xq_ptr, None if mean_ptr is None else mean, stored, rstd, t, h, stop, width, GROUP)
         dy = _load_gradient(dy_ptr, t, h, stop, width, stride)
         g = dy * w
-        dx = g - xhat * (tl.sum(g * xhat, axis=1) / width)[:, None]
         if mean_ptr is not None:
-            dx -= (tl.sum(g, axis=1) / width)[:, None]
+            product, total = _both_sums(g * xhat, g)
+            dx = g - xhat * (product / width)[:, None] - (total / width)[:, None]
+        else:
+            dx = g - xhat * (tl.sum(g * xhat, axis=1) / width)[:, None]
         dx = to_float(dx * rstd[:, None], dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + t[:, None] * width + h, dx, mask=(t[:, None] < stop) & (h < width))
         if DW:
@@ -294,13 +343,14 @@ def _norm_backward_wide_kernel(
     for start in tl.range(first, stop, BLOCK_T, num_stages=1):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         rstd = tl.load(rstd_ptr + t)
+        mean = _load_numbers(mean_ptr, t, stop)
         product = tl.zeros([BLOCK_T], tl.float32)
         total = tl.zeros([BLOCK_T], tl.float32)
         for h0 in tl.range(0, width, BLOCK_H, num_stages=STAGES):
             h = h0 + tl.arange(0, BLOCK_H)[None, :]
             stored = _load_scales(xs_ptr, t, stop, h0 // GROUP + tl.arange(0, BLOCK_H // GROUP)[None, :], groups)
             w = _coefficients(w_ptr, t, h, width, 1.0) + offset
-            xhat = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, stop, width, GROUP)
+            xhat = _load_kept(xq_ptr, mean, stored, rstd, t, h, stop, width, GROUP)
             dy = _load_gradient(dy_ptr, t, h, stop, width, stride)
             g = dy * w
             product += tl.sum(g * xhat, axis=1)
@@ -312,7 +362,7 @@ def _norm_backward_wide_kernel(
             inside = h < width
             stored = _load_scales(xs_ptr, t, stop, h0 // GROUP + tl.arange(0, BLOCK_H // GROUP)[None, :], groups)
             w = _coefficients(w_ptr, t, h, width, 1.0) + offset
-            xhat = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, stop, width, GROUP)
+            xhat = _load_kept(xq_ptr, mean, stored, rstd, t, h, stop, width, GROUP)
             dy = _load_gradient(dy_ptr, t, h, stop, width, stride)
             g = dy * w
             dx = g - xhat * product[:, None]
@@ -382,14 +432,15 @@ def _norm_transposed_kernel(
     parts = ()
     for i in tl.static_range(4):  # tokens i, i + 4, i + 8 ... of the tile, the four of a word in one thread
         t = 4 * word + i
-        rstd = tl.load(rstd_ptr + t, mask=t < tokens, other=0.0)
+        rstd = _load_numbers(rstd_ptr, t, tokens)
+        mean = _load_numbers(mean_ptr, t, tokens)
         stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
         # where there is no bias its zero makes 0 of -0
-        y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP) * w + b
-        if b_ptr is not None:
-            y = tl.where(t[:, None] < tokens, y, 0.0)
-        parts = parts + (y,)
+        parts = parts + (_load_kept(xq_ptr, mean, stored, rstd, t, h, tokens, width, GROUP) * w + b,)
     words = to_fp8_words(parts[0], parts[1], parts[2], parts[3], EMAX)
+    if b_ptr is not None:  # which is what stands behind the last token
+        left = tl.minimum(tl.maximum(tokens - 4 * word, 0), 4)
+        words &= ((1 << (8 * left)) - 1).to(tl.int32)[:, None]
     column = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     inside = (column < width) & (word[None, :] < lines * 4)
     tl.store(yqt_ptr + column * (lines * 4) + word[None, :], tl.trans(words), mask=inside)
@@ -419,9 +470,10 @@ def _norm_values_kernel(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     g = tl.program_id(1) * (BLOCK_H // GROUP) + tl.arange(0, BLOCK_H // GROUP)[None, :]
     here = t < tokens
-    rstd = tl.load(rstd_ptr + t, mask=here, other=0.0)
+    rstd = _load_numbers(rstd_ptr, t, tokens)
+    mean = _load_numbers(mean_ptr, t, tokens)
     stored = _load_scales(xs_ptr, t, tokens, g, tl.cdiv(width, GROUP))
-    y = _load_kept(xq_ptr, mean_ptr, stored, rstd, t, h, tokens, width, GROUP)
+    y = _load_kept(xq_ptr, mean, stored, rstd, t, h, tokens, width, GROUP)
     w, b = _coefficients(w_ptr, t, h, width, 1.0), _coefficients(b_ptr, t, h, width, 0.0)
     y = to_float(y * (w + offset) + b, y_ptr.dtype.element_ty)
     tl.store(y_ptr + t[:, None] * width + h, y, mask=here[:, None] & (h < width))
