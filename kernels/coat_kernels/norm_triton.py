@@ -37,7 +37,7 @@ EMAX = tl.constexpr(MAX_EXPONENT[E4M3])
 WIDEST = 8192  # values of a row that one program holds; twice as many do not fit the registers of the backward
 PIECE = MOST_IN_A_GROUP  # values at a time of a wider row: whole groups
 TILE = 2048  # values of a program of shorter rows
-PER_WARP = 512  # values: 16 for each thread, one 16-byte access of FP8 and two of BF16
+PER_WARP = 512  # values: 16 for each thread
 REGISTERS = 40  # of a thread of the forward: 48 warps on a processor, the fastest of a sweep on an H200
 RESIDENT_WARPS = 16  # of the backward on one processor: of 128 registers for each thread
 STAGES = 3  # tiles of the backward in flight: one at work, two on their way
@@ -79,9 +79,9 @@ def _coefficients(ptr, t, h, width, NEUTRAL: tl.constexpr):
 
 @triton.jit
 def _columns(BLOCK_H: tl.constexpr):
-    """Columns [1, BLOCK_H] of a tile whose threads take 8 at a time, of BF16 and of FP8.
+    """Columns [1, BLOCK_H] of a tile whose threads take 8 at a time, as 16 bytes of BF16 or 8 of FP8.
 
-    By itself Triton gives a thread 16 for an access of FP8, and values change threads through shared memory.
+    By itself Triton gives a thread 16, for the sake of FP8, and BF16 results change threads through shared memory.
     """
     return tl.max_contiguous(tl.arange(0, BLOCK_H), 8 if BLOCK_H > 8 else BLOCK_H)[None, :]
 

@@ -44,13 +44,14 @@ def _store_transposed(bits, qt_ptr, t, h, width, columns, stride):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _quantize_tiles_kernel(
-    x_ptr, s_ptr, q_ptr, qt_ptr, tokens, width, stride, columns, stride_qt,
+    x_ptr, amax_ptr, s_ptr, q_ptr, qt_ptr, tokens, width, stride, columns, stride_qt,
     GRANULARITY: tl.constexpr, GROUP: tl.constexpr, GIVEN: tl.constexpr, EMAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, CODES: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one tile [BLOCK_T, BLOCK_H]. Scales are read (GIVEN; always so per tensor), or found per group here.
-    The transposed codes have ``columns`` columns: the tokens, and the zeros behind the last of them."""
+    """Codes of one tile [BLOCK_T, BLOCK_H]. Scales are read (GIVEN), or found here: per group, or, in every program
+    anew, from the bits of the amax of the tensor. The transposed codes have ``columns`` columns: the tokens, and the
+    zeros behind the last of them."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     x = tl.load(
@@ -73,7 +74,12 @@ def _quantize_tiles_kernel(
     elif GRANULARITY == "token":  # given
         x *= tl.div_rn(1.0, tl.load(s_ptr + t, mask=t < tokens, other=1.0))[:, None]
     else:
-        x *= tl.div_rn(1.0, tl.load(s_ptr))
+        if GIVEN:
+            s = tl.load(s_ptr)
+        else:  # the sign of an amax, which a NaN may have, does not count
+            s = scale_from_bits(tl.load(amax_ptr) & 0x7FFFFFFF, EMAX, POWER_OF_TWO)
+            tl.store(s_ptr, s, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+        x *= tl.div_rn(1.0, s)
     bits = to_fp8_bits(x, EMAX) if TRANSPOSED else to_fp8(x, EMAX).to(tl.uint8, bitcast=True)
     if CODES:
         address = t[:, None] * width + h[None, :]
@@ -305,9 +311,8 @@ def quantize(
     if side_by_side and (granularity != "token" or given or len(x) > 4):
         x, side_by_side = [torch.cat(x, 1)], False
     x = [part if part.stride(1) == 1 else part.contiguous() for part in x]
-    # Where a second kernel that transposes codes, a byte a value, is faster: a tile of whole tokens is too flat to be
-    # written transposed, and two results per tensor are faster with the conversion instruction (see to_fp8_bits).
-    after = transposed and {"token": not given, "tensor": codes, "group": False}[granularity]
+    # A tile of whole tokens is too flat to be written transposed: a second kernel does that with its codes.
+    after = transposed and granularity == "token" and not given
     at_once = transposed and not after
     keep = codes or after
     x_q = torch.empty((tokens, width), dtype=dtype, device=device) if keep else nothing(dtype, device)
@@ -337,20 +342,18 @@ def quantize(
     else:
         if granularity == "tensor" and not given:
             if amax is None:
-                bits = torch.zeros(1, dtype=torch.int32, device=device)
+                amax = torch.zeros(1, dtype=torch.int32, device=device)
                 block_t, block_h = 8, 1024
                 for part in x:
                     _amax_kernel[(ceil_div(part.shape[0], block_t), ceil_div(width, block_h))](
-                        part, bits, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
+                        part, amax, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
                     )
-            else:
-                bits = amax.view(torch.int32)
-            _scale_kernel[(1,)](bits, x_s, EMAX=emax, POWER_OF_TWO=power_of_two)
+            amax = amax.view(torch.int32)
         block_t, block_h, warps = _tile(width, group_size, keep, at_once)
         for part, q, qt, s, columns in pieces:
             rows = max(part.shape[0], columns)
             _quantize_tiles_kernel[(ceil_div(rows, block_t), ceil_div(width, block_h))](
-                part, s, q.view(torch.uint8), qt.view(torch.uint8), part.shape[0], width, part.stride(0),
+                part, amax, s, q.view(torch.uint8), qt.view(torch.uint8), part.shape[0], width, part.stride(0),
                 columns, x_qt.shape[-1],
                 GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
                 CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
@@ -402,12 +405,6 @@ def quantize_each(x, dither):
             EMAX=MAX_EXPONENT[dtype], ALIGNMENT=16 if aligned else 1, BLOCK_T=block_t, BLOCK_H=block_h,
         )  # fmt: skip
     return codes, scales
-
-
-@triton.jit
-def _scale_kernel(amax_ptr, s_ptr, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """The scale of one amax, given by its bits; its sign, which a NaN may have, does not count. One program."""
-    tl.store(s_ptr, scale_from_bits(tl.load(amax_ptr) & 0x7FFFFFFF, EMAX, POWER_OF_TWO))
 
 
 def dequantize(x_q, x_s, group_size, dtype):
