@@ -55,6 +55,7 @@ def llama(config=PAPER, dtype=torch.bfloat16, device="cpu"):
         LlamaConfig(
             vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, tie_word_embeddings=True,
+            attn_implementation="eager",  # others are not deterministic on a GPU
         )
     ).to(device, dtype)  # fmt: skip
     if config is not None:

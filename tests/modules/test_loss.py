@@ -313,6 +313,15 @@ def test_the_weights_gradient_is_not_copied(device):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 7), (300, 4096), (3, 10000), (77,), (0, 4)])
+def test_gradients_times_that_of_the_loss(device, shape, dtype):
+    values, factor = torch.randn(shape, device=device).to(dtype), torch.tensor(0.3, device=device)
+    truth = (values.double() * factor.double()).float().to(dtype)  # a product of the two fits a float64
+    page.multiply(values, factor)
+    assert torch.equal(values, truth)
+
+
 def test_a_retained_graph(device):
     fused, _ = twins(device)
     loss = 3 * fused(**batch(device)).loss
