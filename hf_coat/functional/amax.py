@@ -55,11 +55,13 @@ def ask_amax(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def amax_asked(weight: torch.Tensor) -> bool:
-    """Whether a linear asked for the amax of this weight since the last time that this was called."""
+    """Whether a linear asked for the amax of this weight since the last time that this was called, just before the
+    weight is written to."""
     handover = _handovers.get(weight) if _handovers else None
-    asked = handover is not None and handover.asked
-    if asked:
-        handover.asked = False
+    if handover is None:
+        return False
+    asked, handover.asked = handover.asked, False
+    handover.state = handover.amax = None
     return asked
 
 

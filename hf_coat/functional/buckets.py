@@ -10,6 +10,7 @@ from collections.abc import MutableMapping, Sequence
 import torch
 import torch.distributed as dist
 from coat_kernels.scaled_mm import ALIGN
+from torch.autograd.graph import Node
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,17 +25,28 @@ def _place(weight: torch.Tensor) -> torch.Tensor | None:
     return None if found is None else found()
 
 
-def take_places(weights: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """Where the gradients of these weights [N_i, K] belong, each [N_i, K], to be written at once; None if not all of
-    them have a place.
+def take_places(nodes: Sequence[Node | None]) -> list[torch.Tensor] | None:
+    """Where the gradients of weights [N_i, K] belong, each [N_i, K], to be written at once; None if not all of them
+    have a place.
 
     A place is given away once in a backward, and only to a weight without a gradient: what is added to a gradient,
-    where a weight is used twice or gradients accumulate, has to lie elsewhere.
+    where a weight is used twice or gradients accumulate, has to lie elsewhere. So has what ``torch.autograd.grad``
+    returns.
+
+    Args:
+        nodes: Where autograd passes the gradients on, ``ctx.next_functions``. They tell the parameters also in a
+            backward that computes its forward again.
     """
     if torch.compiler.is_compiling() or not _places:
         return None
-    places = [_place(w) for w in weights]
+    weights = [getattr(node, "variable", None) for node in nodes]
+    places = [None if w is None else _place(w) for w in weights]
     if any(place is None for place in places) or any(w.grad is not None for w in weights):
+        return None
+    try:
+        if not all(map(torch._C._will_engine_execute_node, nodes)):
+            return None
+    except RuntimeError:  # it returns them
         return None
     for w in weights:
         del _places[w]
@@ -58,10 +70,18 @@ class _Buckets:
     """What DDP's communication hook knows of its buckets, by index: where the last one began, and its parts."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group = group
-        self.averages = group._get_backend(device).name() == "nccl"  # gloo can add up, but not average
+        self.group, size = group, group.size()
+        # gloo cannot average, and NCCL rounds the divisor to BF16 first.
+        self.averages = group._get_backend(device).name() == "nccl" and size & (size - 1) == 0
         self.addresses: dict[int, int] = {}
         self.parts: dict[int, list[torch.Tensor]] = {}
+
+    def __reduce__(self):  # a copy of DDP has no hook, and nothing of this one
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _average(buckets: _Buckets, bucket: dist.GradBucket) -> Future[torch.Tensor]:
@@ -78,7 +98,7 @@ def _average(buckets: _Buckets, bucket: dist.GradBucket) -> Future[torch.Tensor]
                 _places[parameter] = weakref.ref(part)
     buckets.addresses[index] = values.data_ptr()
     if not buckets.averages:
-        values.div_(buckets.group.size())
+        values.mul_(1 / buckets.group.size())
     op = dist.ReduceOp.AVG if buckets.averages else dist.ReduceOp.SUM
     work = dist.all_reduce(values, op=op, group=buckets.group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
@@ -87,10 +107,14 @@ def _average(buckets: _Buckets, bucket: dist.GradBucket) -> Future[torch.Tensor]
 def write_into_buckets(model: DistributedDataParallel) -> None:
     """Let the converted linears of a DDP model write their weights' gradients into its buckets.
 
-    The gradients are the same bit for bit. Trainer's runs with ``coat=`` do it by themselves; in a loop of your own:
+    The gradients are those that DDP would have copied there. Trainer's runs with ``coat=`` do it by themselves; in a
+    loop of your own:
 
         model = DistributedDataParallel(model, device_ids=[rank], gradient_as_bucket_view=True)
         write_into_buckets(model)
+
+    The next backward writes over them, also one under ``no_sync``: to keep a gradient beyond ``zero_grad``, clone it.
+    In ``model.join`` the divisor is always the number of processes.
 
     Args:
         model: As ``DistributedDataParallel`` made it, before its first backward.

@@ -20,6 +20,7 @@ from transformers import trainer_optimizer
 
 from ..config import HfCoatConfig, OptimizerName
 from ..functional import write_into_buckets
+from ..modules import CoatLinear
 from ..optim import OPTIMIZERS, CoatOptimizer, muon_groups
 from .callback import CoatCallback, FollowsArguments, convert_model, logger
 from .checkpoints import to_resume_from
@@ -155,7 +156,8 @@ class GradientsInBuckets(DistributedDataParallelKwargs):
 
     def register_comm_hook(self, model: DistributedDataParallel) -> None:
         super().register_comm_hook(model)
-        if self.comm_hook is DDPCommunicationHookType.NO:  # one that was chosen stays
+        trained = any(isinstance(m, CoatLinear) and m.weight.requires_grad for m in model.modules())
+        if trained and self.comm_hook is DDPCommunicationHookType.NO:  # one that was chosen stays
             write_into_buckets(model)
 
 

@@ -467,7 +467,7 @@ def _liger_multiply() -> Callable | None:
 
 
 def multiply(values: torch.Tensor, factor: torch.Tensor) -> None:
-    """``values *= factor`` in place, each product rounded once; ``factor`` is one float32 number where the values are.
+    """``values *= factor`` in place, in float32; ``factor`` is one float32 number on the device of the values.
 
     torch multiplies BF16 by float32 one value at a time, and takes three times as long as the memory needs.
     """

@@ -149,14 +149,19 @@ def test_gradients_are_made_in_the_buckets(results):
     weight that is used twice. Not a bit differs."""
     _, first = results("in_buckets")
     second = results("in_buckets", rank=1)[1]
-    copied, made = first["copied"], first["made there"]
-    assert copied["losses"] == made["losses"] and len(set(made["losses"])) == 10
-    assert same(copied["params"], made["params"]) and same(made["params"], second["made there"]["params"])
-    assert not any(any(step.values()) for step in (*copied["there"], *made["there"][:3]))
-    for step in made["there"][3:]:
-        linears = {name for name in step if "_proj" in name} - {"model.layers.0.mlp.down_proj.weight"}
-        assert len(linears) == 12 and {name for name, there in step.items() if there} == linears
-    assert first["offered"] == [True, True] and first["kept"] == [False, False], "buckets outlived DDP"
+    copied = first["copied"]
+    assert len(set(copied["losses"])) == 10 and not any(any(step.values()) for step in copied["there"])
+    for how in ("made there", "checkpointed"):
+        made = first[how]
+        assert copied["losses"] == made["losses"] and same(copied["params"], made["params"]), how
+        assert same(made["params"], second[how]["params"]), how
+        assert not any(any(step.values()) for step in made["there"][:3])
+        for step in made["there"][3:]:
+            linears = {name for name in step if "_proj" in name} - {"model.layers.0.mlp.down_proj.weight"}
+            assert len(linears) == 12 and {name for name, there in step.items() if there} == linears, how
+    assert first["offered"] == first["elsewhere"] == [True, True], "torch.autograd.grad gives gradients to keep"
+    assert first["copy"] == "DistributedDataParallel"
+    assert first["kept"] == [False, False], "buckets outlived DDP"
     assert "make it with gradient_as_bucket_view=True" in first["refused"]
 
 

@@ -6,6 +6,7 @@ Results go to FOLDER/SCENARIO-RANK.pt. Where both processes see the same batch, 
 one's, exactly, so that two processes must end at the very bits of one.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -37,7 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_coat import CoatConfig, apply_coat, remove_coat
 from hf_coat.functional import GatheredWeight, write_into_buckets
-from hf_coat.functional.buckets import take_places
+from hf_coat.functional.buckets import _place
 from hf_coat.integrations.checks import SHARDS_BYTES
 from hf_coat.modules.loss import DeferredLogits
 from hf_coat.optim import CoatAdamW, CoatMuon, GradientRelease, muon_groups
@@ -506,14 +507,16 @@ def in_buckets(folder, rank, sharded):
     """A converted model under DDP with its linears' gradients copied into the buckets, and made there; one weight is
     used twice. Also the names of the gradients that lay there when they were made, by backward."""
     runs = {}
-    for how in ("copied", "made there"):
+    for how in ("copied", "made there", "checkpointed"):
         model = llama()
         layers = model.model.layers
         layers[0].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
         optimizer = CoatAdamW(model.parameters(), lr=1e-2)
         wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=0.1)
-        if how == "made there":
+        if how != "copied":
             write_into_buckets(wrapped)
+        if how == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         made, there = {}, []
         for name, p in model.named_parameters():
             note = functools.partial(lambda made, name, p: made.update({name: p.grad.data_ptr()}), made, name)
@@ -530,9 +533,13 @@ def in_buckets(folder, rank, sharded):
         optimizer.register_step_pre_hook(of_step)
         losses = train_llama(wrapped, optimizer, rank, accumulate, steps=5)
         runs[how] = {"losses": losses, "there": there, "params": {n: p.detach() for n, p in model.named_parameters()}}
-    runs["offered"] = [take_places([layer.mlp.up_proj.weight]) is not None for layer in layers]
+    weights = [layer.mlp.up_proj.weight for layer in layers]
+    gradients = torch.autograd.grad(model(**tokens(0, rank)).loss, weights)
+    runs["offered"] = [_place(w) is not None for w in weights]
+    runs["elsewhere"] = [_place(w).data_ptr() != g.data_ptr() for w, g in zip(weights, gradients, strict=True)]
+    runs["copy"] = type(copy.deepcopy(wrapped)).__name__
     del wrapped, accumulate
-    runs["kept"] = [take_places([layer.self_attn.o_proj.weight]) is not None for layer in layers]
+    runs["kept"] = [_place(w) is not None for w in weights]
     try:
         write_into_buckets(nn.parallel.DistributedDataParallel(model))
     except ValueError as error:

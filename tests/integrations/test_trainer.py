@@ -652,10 +652,14 @@ def test_fsdp2_is_not_refused(monkeypatch, make):
 @pytest.mark.parametrize("chosen", [DDPCommunicationHookType.NO, DDPCommunicationHookType.BF16])
 def test_a_communication_hook_that_was_chosen_stays(monkeypatch, chosen):
     registered = []
-    model = types.SimpleNamespace(register_comm_hook=lambda state, hook: registered.append(hook.__name__))
+    linear = CoatLinear.convert(torch.nn.Linear(16, 16), CoatConfig())
+    linear.register_comm_hook = lambda state, hook: registered.append(hook.__name__)
     monkeypatch.setattr(ours, "write_into_buckets", lambda model: registered.append("ours"))
-    ours.GradientsInBuckets(comm_hook=chosen).register_comm_hook(model)
+    ours.GradientsInBuckets(comm_hook=chosen).register_comm_hook(linear)
     assert registered == (["ours"] if chosen is DDPCommunicationHookType.NO else ["bf16_compress_hook"])
+    registered.clear()
+    ours.GradientsInBuckets(comm_hook=chosen).register_comm_hook(linear.requires_grad_(False))
+    assert "ours" not in registered, "nothing would be written there"
 
 
 def test_models_that_cannot_work(make, tools):

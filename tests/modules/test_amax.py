@@ -1,5 +1,5 @@
 """The amax of a weight, handed by the optimizer that wrote it to the linear that quantizes it: used only where it is
-right, and then without a trace in any number."""
+right, and then the codes are those of a weight that was read for it."""
 
 import copy
 import io

@@ -312,7 +312,6 @@ def test_the_weights_gradient_is_not_copied(device):
     assert fused.lm_head.weight.grad.data_ptr() == kept
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(5, 7), (300, 4096), (3, 10000), (77,), (0, 4)])
 def test_gradients_times_that_of_the_loss(device, shape, dtype):
@@ -322,6 +321,7 @@ def test_gradients_times_that_of_the_loss(device, shape, dtype):
     assert torch.equal(values, truth)
 
 
+@needs_library
 def test_a_retained_graph(device):
     fused, _ = twins(device)
     loss = 3 * fused(**batch(device)).loss
