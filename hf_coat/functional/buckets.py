@@ -77,11 +77,7 @@ class _Buckets:
         self.parts: dict[int, list[torch.Tensor]] = {}
 
     def __reduce__(self):  # a copy of DDP has no hook, and nothing of this one
-        return _nothing, ()
-
-
-def _nothing() -> None:
-    return None
+        return type(None), ()
 
 
 def _average(buckets: _Buckets, bucket: dist.GradBucket) -> Future[torch.Tensor]:
