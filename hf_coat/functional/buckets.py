@@ -25,7 +25,7 @@ def _place(weight: torch.Tensor) -> torch.Tensor | None:
     return None if found is None else found()
 
 
-def take_places(nodes: Sequence[Node | None]) -> list[torch.Tensor] | None:
+def take_places(ctx: Node, first: int, many: int) -> list[torch.Tensor] | None:
     """Where the gradients of weights [N_i, K] belong, each [N_i, K], to be written at once; None if not all of them
     have a place.
 
@@ -34,11 +34,13 @@ def take_places(nodes: Sequence[Node | None]) -> list[torch.Tensor] | None:
     returns.
 
     Args:
-        nodes: Where autograd passes the gradients on, ``ctx.next_functions``. They tell the parameters also in a
+        ctx: The function whose backward runs. Where autograd passes its gradients on tells the parameters, also in a
             backward that computes its forward again.
+        first, many: Which of its tensors the weights are.
     """
     if torch.compiler.is_compiling() or not _places:
         return None
+    nodes = [node for node, _ in ctx.next_functions[first : first + many]]
     weights = [getattr(node, "variable", None) for node in nodes]
     places = [None if w is None else _place(w) for w in weights]
     if any(place is None for place in places) or any(w.grad is not None for w in weights):

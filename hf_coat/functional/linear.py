@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import torch
 from coat_kernels import Fp8Format, Granularity, quantize, scaled_mm, transpose
-from torch.autograd.graph import Node
 
 from .buckets import runs, take_places
 from .operands import (
@@ -32,8 +31,10 @@ from .operands import (
     transposed_weights,
 )
 
+_INPUTS = 3  # tensors of a layer's function before its weights: the input, its codes and their scales
 
-def weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, rebuild, weights, nodes) -> Sequence[torch.Tensor]:
+
+def weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, rebuild, weights, ctx, first=0) -> Sequence[torch.Tensor]:
     """``dw [N_i, K] = dy_i.T @ x`` in FP8 for each of the weights: as one product, or in DDP's buckets.
 
     Args:
@@ -43,7 +44,8 @@ def weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, rebuild, weights, nodes) -> S
         kept: What was kept of the input, see ``QuantizedInput.kept``.
         rebuild: ``Source.rebuild`` of the input, or None.
         weights: [N_i, K], BF16 or FP32, which the gradients are too; N is the sum of all N_i.
-        nodes: Where autograd passes the gradients on, see :func:`~hf_coat.functional.buckets.take_places`.
+        ctx: The function whose backward runs.
+        first: How many of its weights come before these.
     """
     if dy_qt is not None:  # one scale per tensor
         operands = dy_qt, kept[0] if rebuild is None else rebuild(x_s, *kept), dy_s, x_s
@@ -58,7 +60,7 @@ def weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, rebuild, weights, nodes) -> S
         dy_qt, dy_top = transpose(dy_q, None if x_moves else both)
         operands = dy_qt, x_qt, x_top if x_moves else dy_top, both.new_ones(1, 1)
     dy_qt, *others = operands
-    places, out_dtype = take_places(nodes), weights[0].dtype
+    places, out_dtype = take_places(ctx, _INPUTS + first, len(weights)), weights[0].dtype
     if places is None:
         dw = scaled_mm(dy_qt, *others, out_dtype=out_dtype)
         return dw.split([len(w) for w in weights]) if len(weights) > 1 else (dw,)
@@ -66,11 +68,6 @@ def weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, rebuild, weights, nodes) -> S
     for rows, out in zip(dy_qt.split([len(out) for out in together]), together, strict=True):
         scaled_mm(rows, *others, out_dtype=out_dtype, out=out)
     return places
-
-
-def weight_nodes(ctx) -> list[Node | None]:
-    """Where autograd passes on the gradients of what follows a layer's input, its codes and its scales."""
-    return [node for node, _ in ctx.next_functions[3:]]
 
 
 _SETTINGS = 12  # arguments of _CoatLinear before its weights
@@ -111,8 +108,7 @@ class _CoatLinear(torch.autograd.Function):
             w_qt, top = transposed_weights(weights, w_s, ctx.cache)
             dx = scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=dys[0].dtype).to(ctx.x_dtype).view(ctx.x_shape)
         if needs_dw:
-            nodes = weight_nodes(ctx)[: ctx.many]
-            dws = weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, ctx.rebuild, weights, nodes)
+            dws = weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, ctx.rebuild, weights, ctx)
         if needs_db:
             dbs = [dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) for dy in dys]
         return dx, *[None] * (_SETTINGS - 1), *dws, *dbs, *[None] * (len(needs) - 2 * ctx.many)

@@ -24,7 +24,7 @@ from coat_kernels import (
     scaled_mm,
 )
 
-from .linear import compute_dtype, weight_gradients, weight_nodes
+from .linear import compute_dtype, weight_gradients
 from .operands import (
     Demand,
     Source,
@@ -167,7 +167,6 @@ class _CoatMLP(torch.autograd.Function):
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[_SETTINGS:]
         needs_dw, needs_down = any(needs[: ctx.many]), needs[ctx.many]
         how = {"act": ctx.gate.act, "gated": ctx.gate.gated, "group_size": ctx.gate.group_size}
-        nodes = weight_nodes(ctx)[: ctx.many + 1]
         dx, dws, ddown = None, [None] * ctx.many, None
         dy = dy.reshape(-1, dy.shape[-1])
 
@@ -177,7 +176,7 @@ class _CoatMLP(torch.autograd.Function):
         del down_qt
         if needs_down:
             again = functools.partial(_codes_again, **how)
-            (ddown,) = weight_gradients(dy_q, dy_s, None, h_s, (kept_q, kept_s), again, (down,), nodes[ctx.many :])
+            (ddown,) = weight_gradients(dy_q, dy_s, None, h_s, (kept_q, kept_s), again, (down,), ctx, ctx.many)
         needs_db = any(needs[ctx.many + 1 : 2 * ctx.many + 1])
         _, d_q, d_s = activation_backward(dh, kept_q, kept_s, **how, codes=True, code_dtype=ctx.grad_dtype)
         dbs = [None] * (ctx.many + 1)
@@ -194,7 +193,7 @@ class _CoatMLP(torch.autograd.Function):
             dx = scaled_mm(d_q, w_qt, d_s, top, out_dtype=ctx.x_dtype).view(ctx.x_shape)
             del w_qt
         if needs_dw:
-            dws = weight_gradients(d_q, d_s, None, x_s, kept, ctx.rebuild, firsts, nodes[: ctx.many])
+            dws = weight_gradients(d_q, d_s, None, x_s, kept, ctx.rebuild, firsts, ctx)
         dbs = [db if db is None else db.to(dtype) for db, dtype in zip(dbs, ctx.bias_dtypes, strict=True)]
         return dx, *[None] * (_SETTINGS - 1), *dws, ddown, *dbs, *[None] * (len(needs) - 2 * (ctx.many + 1))
 
