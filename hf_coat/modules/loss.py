@@ -420,9 +420,8 @@ def _without_autocast(device: torch.device):
 
 def _held_meanwhile(hidden, weight, needs) -> torch.Tensor | None:
     """For :mod:`hf_coat.peak`: makes and drops the logits of a piece, and returns the weight's gradient in FP32."""
-    pieces = _pieces(*hidden.shape, len(weight))
-    several = needs[1] and pieces > 1 and weight.dtype != torch.float32
-    sums = torch.zeros_like(weight, dtype=torch.float32) if several else None
+    pieces, summed = _pieces(hidden, weight, needs), _summed(weight, needs)
+    sums = torch.zeros_like(weight, dtype=torch.float32) if summed and pieces > 1 else None
     hidden.new_empty(-(-len(hidden) // pieces), len(weight))
     return sums
 
@@ -480,25 +479,45 @@ def multiply(values: torch.Tensor, factor: torch.Tensor) -> None:
     kernel[(len(rows),)](rows, rows.stride(0), factor, rows.shape[1], BLOCK_SIZE=4096, num_warps=8)
 
 
-def _pieces(n: int, width: int, vocabulary: int) -> int:
-    """Into how many pieces N rows are cut.
+def _summed(weight: torch.Tensor, needs) -> bool:
+    """Whether the pieces' gradients of the weight add up in memory of their own, of four bytes for a value."""
+    return needs[1] and weight.dtype != torch.float32
+
+
+def _pieces(hidden: torch.Tensor, weight: torch.Tensor, needs) -> int:
+    """Into how many pieces the rows of ``hidden`` [N, H] are cut.
 
     The logits of a piece are no larger than the hidden states of all rows or half of the weight, whichever is more,
     except that a piece is never cut below ``FEWEST_ROWS``: each adds its part to the whole gradient of the weight.
+    Where the sum of these parts takes more than all logits, which are two bytes each, there is one piece.
     """
+    (n, width), vocabulary = hidden.shape, len(weight)
+    if _summed(weight, needs) and n <= 2 * width:
+        return 1
     return -(-n // max(FEWEST_ROWS, width // 2, n * width // vocabulary))
 
 
+class _AllThere(torch.Tensor):
+    """Labels of which none is to be ignored. Liger asks how many those are, and waits until the GPU has done all that
+    was queued; of these the host knows it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.ne:
+            return torch.ones(args[0].shape, dtype=torch.bool)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 def _by_liger(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradients]:
-    (n, width), vocabulary = hidden.shape, len(weight)
-    (kernel, arguments), pieces = _liger(), _pieces(n, width, vocabulary)
+    (kernel, arguments), pieces = _liger(), _pieces(hidden, weight, needs)
     options = {"accum_dtype": torch.float32} if pieces > 1 else {}  # one piece is rounded once in any case
     if "chunk_mem_const" in arguments:  # how many times n * width its logits may take
-        options["chunk_mem_const"] = -(-vocabulary // (width * pieces))
+        options["chunk_mem_const"] = -(-len(weight) // (hidden.shape[1] * pieces))
     loss, *_, dhidden, dweight, dbias = kernel(
         _input=hidden.requires_grad_(),  # without it Liger computes no gradient at all
         weight=weight.requires_grad_(needs[1]),
-        target=target,
+        target=target.as_subclass(_AllThere),
         bias=bias,
         reduction="mean",
         **options,
@@ -510,13 +529,13 @@ def _by_torch(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradie
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return _by_torch_in_pieces(hidden, weight, bias, target, needs)
     operands = [t if t is None else t.float() for t in (hidden, weight, bias)]
-    rows = -(-len(target) // _pieces(*hidden.shape, len(weight)))
+    rows = -(-len(target) // _pieces(hidden, weight, needs))
     loss, gradients = _torch_piece(*operands, target, needs, "mean", rows)
     return loss, [g if g is None else g.to(hidden.dtype) for g in gradients]
 
 
 def _by_torch_in_pieces(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradients]:
-    n, pieces = len(target), _pieces(*hidden.shape, len(weight))
+    n, pieces = len(target), _pieces(hidden, weight, needs)
     loss, dhidden, (dweight, dbias) = hidden.new_zeros((), dtype=torch.float32), [], (None, None)
     for part, labels in zip(hidden.tensor_split(pieces), target.tensor_split(pieces), strict=True):
         part_loss, (dpart, dw, db) = _torch_piece(part, weight, bias, labels, needs, "sum", len(labels))

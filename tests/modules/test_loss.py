@@ -648,7 +648,55 @@ def test_on_a_device_without_a_library(device, monkeypatch):
     assert type(outputs.logits) is torch.Tensor and torch.equal(outputs.loss, plain(**batch(device)).loss)
 
 
-def test_pieces():
-    assert page._pieces(1024, 32, 100) == 1 and page._pieces(1025, 32, 100) == 2
-    assert page._pieces(8192, 4096, 32000) == 4 and page._pieces(8192, 4096, 128256) == 4
-    assert page._pieces(65536, 4096, 32000) == 8
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocabulary", "pieces"),
+    [(1024, 32, 100, 1), (1025, 32, 100, 2), (8192, 4096, 32000, 4), (8192, 4096, 128256, 4), (65536, 4096, 32000, 8)],
+)
+def test_pieces(tokens, hidden, vocabulary, pieces):
+    rows, everything, frozen = torch.empty(tokens, hidden, device="meta"), (True, True, False), (True, False, False)
+    weight = torch.empty(vocabulary, hidden, device="meta")
+    assert page._pieces(rows, weight, everything) == pieces
+    rows, weight = rows.bfloat16(), weight.bfloat16()
+    assert page._pieces(rows, weight, frozen) == pieces
+    assert page._pieces(rows, weight, everything) == (1 if tokens <= 2 * hidden else pieces)
+
+
+@pytest.mark.parametrize("tokens", [1025, 4096, 8192, 8193, 65536])
+@pytest.mark.parametrize("vocabulary", [32000, 151936])
+def test_one_piece_never_takes_more_memory(tokens, vocabulary):
+    rows = torch.empty(tokens, 4096, device="meta", dtype=torch.bfloat16)
+    weight = torch.empty(vocabulary, 4096, device="meta", dtype=torch.bfloat16)
+    pieces = page._pieces(rows, weight, (True, True, False))
+    in_pieces = page._pieces(rows, weight, (True, False, False))  # where no parts add up
+    assert pieces in (1, in_pieces)
+    if pieces < in_pieces:
+        assert 2 * tokens * vocabulary <= 2 * -(-tokens // in_pieces) * vocabulary + 4 * weight.numel()
+
+
+def test_labels_that_are_all_there():
+    target = torch.tensor([3, 1, 2])
+    labels = target.as_subclass(page._AllThere)
+    there = labels != page.IGNORED
+    assert type(there) is torch.Tensor and there.device.type == "cpu" and there.sum().item() == 3
+    part = labels[1:].contiguous()
+    assert type(part) is torch.Tensor and torch.equal(part, target[1:]) and part.data_ptr() == target[1:].data_ptr()
+
+
+def test_liger_does_not_wait_for_the_gpu(device):
+    pytest.importorskip("liger_kernel")
+    if device == "cpu":
+        pytest.skip("needs a CUDA device")
+    target = torch.randint(V, (2500,), device=device)
+    operands = [torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((2500, H), (V, H))]
+
+    def call():
+        with torch.no_grad():
+            return page._by_liger(*(t.detach() for t in operands), None, target, (True, True, False))
+
+    expected = call()[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = call()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(loss, expected)
