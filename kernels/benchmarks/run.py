@@ -11,6 +11,7 @@ and cuBLASLt into scaled_mm_choice.json, from which ``coat_kernels.scaled_mm`` c
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ from coat_kernels.formats import FP8_DTYPES
 from coat_kernels.norm import norm_backward_ref, norm_ref, norm_transposed_ref, norm_values_ref
 from coat_kernels.quantize import dequantize_ref, quantize_each_ref, quantize_ref, transpose_ref
 from coat_kernels.rotary import rotary_ref
-from triton.testing import do_bench
 
 E4M3 = torch.float8_e4m3fn
 TOKENS, HIDDEN, WIDE = 16384, 4096, 11008
@@ -263,8 +263,29 @@ def as_tuple(results: object) -> tuple:
     return results if isinstance(results, tuple) else (results,)
 
 
+REPEATS = 40
+ASLEEP = 30_000_000  # clock cycles, 15 to 20 ms: longer than the host needs to enqueue all repeats
+
+
 def milliseconds(call: Callable) -> float:
-    return do_bench(call, warmup=20, rep=60, return_mode="median")
+    """Median time of a call on the GPU, each with an empty cache.
+
+    The GPU sleeps until the host has enqueued all of them: what a small kernel takes must not be the time in which its
+    host launches it.
+    """
+    for _ in range(5):  # compile, tune, raise the clocks
+        call()
+    cache = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(ASLEEP)
+    for start, end in events:
+        cache.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def copy_of(size: int) -> float:
