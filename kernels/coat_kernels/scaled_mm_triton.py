@@ -66,12 +66,28 @@ def _scaled_mm_kernel(
             tl.store(y_ptr + address, y_out, mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def tile_of(m: int, n: int, fast_accum: bool) -> dict[str, int]:
-    """Block sizes: the widest tile that fits the registers and still gives every multiprocessor work."""
+BLOCK_K = 128
+BARRIERS = 1024  # bytes of shared memory that pipelines use beside their tiles; more than was seen
+
+
+def tile_of(m: int, n: int, fast_accum: bool, y_bytes: int, shared: int) -> dict[str, int]:
+    """Block sizes: the widest tile that fits the registers and still gives every multiprocessor work.
+
+    Args:
+        m, n: Size of the product.
+        fast_accum: Exact sums hold two accumulators.
+        y_bytes: Bytes of one of its values.
+        shared: Bytes of shared memory that a program may have. It holds the tile of the product and, for each stage,
+            tiles of both operands.
+    """
+
+    def stages(block_m, block_n):
+        return (shared - BARRIERS - block_m * block_n * y_bytes) // ((block_m + block_n) * BLOCK_K)
+
     if m <= 64:
-        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=4)
-    if n <= 128 or m * n < 132 * 128 * 256 or not fast_accum:  # exact sums hold two accumulators
-        return dict(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=4)
+        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=min(4, stages(64, 128)))
+    if n <= 128 or m * n < 132 * 128 * 256 or not fast_accum or stages(128, 256) < 3:
+        return dict(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=min(4, stages(128, 128)))
     return dict(BLOCK_M=128, BLOCK_N=256, num_warps=8, num_stages=3)
 
 
@@ -84,17 +100,17 @@ def by_triton(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out=None, tile: d
         return y
     if k == 0:
         return y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
-    tile = dict(tile or tile_of(m, n, fast_accum))
-    block_m, block_n, block_k = tile.pop("BLOCK_M"), tile.pop("BLOCK_N"), 128
+    tile = dict(tile or tile_of(m, n, fast_accum, y.element_size(), shared_memory(a_q.device)))
+    block_m, block_n = tile.pop("BLOCK_M"), tile.pop("BLOCK_N")
     aligned = n * y.element_size() % 16 == 0
     programs = min(processors(a_q.device), triton.cdiv(m, block_m) * triton.cdiv(n, block_n))
     _scaled_mm_kernel[(programs,)](
-        TensorDescriptor.from_tensor(a_q, [block_m, block_k]),
-        TensorDescriptor.from_tensor(b_q, [block_n, block_k]),
+        TensorDescriptor.from_tensor(a_q, [block_m, BLOCK_K]),
+        TensorDescriptor.from_tensor(b_q, [block_n, BLOCK_K]),
         TensorDescriptor.from_tensor(y, [block_m, block_n]) if aligned else None,
         y, a_s.contiguous(), b_s.contiguous(), bias, m, n, k, programs,
         A_ROWS=a_s.shape[0] > 1, B_ROWS=b_s.shape[0] > 1, HAS_BIAS=bias is not None, FAST=fast_accum, Y_DESC=aligned,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8, **tile,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K, GROUP_M=8, **tile,
     )  # fmt: skip
     return y
 
@@ -102,6 +118,12 @@ def by_triton(a_q, b_q, a_s, b_s, bias, out_dtype, fast_accum, out=None, tile: d
 @functools.cache
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**20
 
 
 def cublaslt_takes(n: int, k: int, per_row: bool, bias: torch.Tensor | None, out_dtype: torch.dtype) -> bool:

@@ -73,6 +73,32 @@ def test_gpu_backends_at_size(monkeypatch, shape, granularity, fast_accum, backe
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fast_accum", [True, False])
+@pytest.mark.parametrize("shape", [(2304, 2048, 256), (2301, 2052, 300), (300, 400, 256), (40, 4096, 256)])
+def test_gpu_every_tile(shape, fast_accum, out_dtype):
+    twin, args = pytest.importorskip("coat_kernels.scaled_mm_triton"), operands(*shape, device="cuda")
+    check(twin.by_triton(*args, None, out_dtype, fast_accum), exact(*args), out_dtype)
+
+
+HOPPER, ADA = 232448, 101376  # bytes of shared memory that a program may have
+
+
+@pytest.mark.parametrize("shared", [HOPPER, ADA])
+@pytest.mark.parametrize("y_bytes", [2, 4])
+@pytest.mark.parametrize("fast_accum", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4096), (65, 100), (300, 400), (8192, 4096)])
+def test_tiles_fit_into_shared_memory(shape, fast_accum, y_bytes, shared):
+    twin = pytest.importorskip("coat_kernels.scaled_mm_triton", reason="Triton is not installed")
+    tile = twin.tile_of(*shape, fast_accum, y_bytes, shared)
+    block_m, block_n, stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["num_stages"]
+    assert stages >= 1
+    assert block_m * block_n * y_bytes + stages * (block_m + block_n) * 128 <= shared
+    if shared == HOPPER:
+        assert stages >= 3, "the operands of a product arrive while others are multiplied"
+
+
+@pytest.mark.gpu
 def test_gpu_override_is_checked(monkeypatch):
     monkeypatch.setenv("COAT_SCALED_MM", "cutlass")
     with pytest.raises(ValueError, match="'cutlass'.*cublaslt, triton"):
