@@ -150,7 +150,7 @@ PEERS = {
     "lean": _coat("lean"),
     "lean-attention": _coat({"model": {"activations": "lean"}}),  # the attentions' q, k and v in FP8 too
     "lean-attention-3": _coat(  # those of every third layer
-        {"model": {"activations": {f"*layers.{i}.self_attn": "lean" for i in range(0, 32, 3)}}}
+        {"model": {"activations": {f"*layers.{i}.self_attn": "lean" for i in range(2, 32, 3)}}}
     ),
     "paper": _coat("paper"),
 }

@@ -26,9 +26,9 @@ from .operands import (
     WeightCache,
     bits_and_scales,
     forward_products,
+    input_gradient,
     quantize_input,
     results,
-    transposed_weights,
 )
 
 _INPUTS = 3  # tensors of a layer's function before its weights: the input, its codes and their scales
@@ -105,8 +105,7 @@ class _CoatLinear(torch.autograd.Function):
                 transposed=needs_dw and granularity == Granularity.TENSOR, **({} if ctx.many == 1 else {"dim": 1}),
             )  # fmt: skip
         if needs_dx:
-            w_qt, top = transposed_weights(weights, w_s, ctx.cache)
-            dx = scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=dys[0].dtype).to(ctx.x_dtype).view(ctx.x_shape)
+            dx = input_gradient(dy_q, dy_s, weights, w_s, ctx.cache, dys[0].dtype).to(ctx.x_dtype).view(ctx.x_shape)
         if needs_dw:
             dws = weight_gradients(dy_q, dy_s, dy_qt, x_s, kept, ctx.rebuild, weights, ctx)
         if needs_db:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from coat_kernels import Fp8Format, Granularity, dequantize, quantize, scaled_mm
+from coat_kernels import Fp8Format, Granularity, dequantize, quantize
 
 from .linear import compute_dtype
 from .operands import (
@@ -25,9 +25,9 @@ from .operands import (
     WeightCache,
     bits_and_scales,
     forward_products,
+    input_gradient,
     quantize_input,
     results,
-    transposed_weights,
 )
 
 POWER_OF_TWO = True  # scales per token must be
@@ -119,9 +119,8 @@ class _CoatLora(torch.autograd.Function):
             dy_q, _, dy_s = quantize(
                 dys[0] if many == 1 else dys, ctx.grad_dtype, Granularity.TOKEN, **({} if many == 1 else {"dim": 1})
             )
-            w_qt, top = transposed_weights(weights, w_s, ctx.cache)
-            dx = scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=dtype)
-            del dy_q, w_qt
+            dx = input_gradient(dy_q, dy_s, weights, w_s, ctx.cache, dtype)
+            del dy_q
         del dys
         if needs_dx and not any(drops):
             dx.addmm_(joined, joined_a)

@@ -21,7 +21,6 @@ from coat_kernels import (
     activation_transposed,
     activation_values,
     quantize,
-    scaled_mm,
 )
 
 from .linear import compute_dtype, weight_gradients
@@ -33,10 +32,10 @@ from .operands import (
     WeightCache,
     bits_and_scales,
     forward_products,
+    input_gradient,
     quantize_input,
     results,
     sampled,
-    transposed_weights,
 )
 
 
@@ -171,9 +170,7 @@ class _CoatMLP(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])
 
         dy_q, _, dy_s = quantize(dy, ctx.grad_dtype, Granularity.TOKEN)
-        down_qt, top = transposed_weights((down,), down_s, ctx.caches[1])
-        dh = scaled_mm(dy_q, down_qt, dy_s, top, out_dtype=dy.dtype)  # [T, I]
-        del down_qt
+        dh = input_gradient(dy_q, dy_s, (down,), down_s, ctx.caches[1], dy.dtype)  # [T, I]
         if needs_down:
             again = functools.partial(_codes_again, **how)
             (ddown,) = weight_gradients(dy_q, dy_s, None, h_s, (kept_q, kept_s), again, (down,), ctx, ctx.many)
@@ -189,9 +186,7 @@ class _CoatMLP(torch.autograd.Function):
             dbs[-1] = dy.sum(0, dtype=torch.float32)
         del dh, dy, dy_q
         if needs_dx:
-            w_qt, top = transposed_weights(firsts, w_s, ctx.caches[0])
-            dx = scaled_mm(d_q, w_qt, d_s, top, out_dtype=ctx.x_dtype).view(ctx.x_shape)
-            del w_qt
+            dx = input_gradient(d_q, d_s, firsts, w_s, ctx.caches[0], ctx.x_dtype).view(ctx.x_shape)
         if needs_dw:
             dws = weight_gradients(d_q, d_s, None, x_s, kept, ctx.rebuild, firsts, ctx)
         dbs = [db if db is None else db.to(dtype) for db, dtype in zip(dbs, ctx.bias_dtypes, strict=True)]

@@ -283,6 +283,30 @@ def transposed_weights(
     return codes, top
 
 
+FAST_DEPTH = 14336  # see input_gradient
+
+
+def input_gradient(
+    dy_q: torch.Tensor,
+    dy_s: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    w_s: torch.Tensor,
+    cache: WeightCache | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``dx [T, K] = dy [T, N] @ w [N, K]`` in FP8, of codes ``dy_q`` and their scales; ``w_s`` is what
+    :func:`forward_products` gave.
+
+    Up to :data:`FAST_DEPTH` products are summed in the tensor core's accumulator, as in the forward. On an H200 sums
+    of 4096 random products were off by 0.0013 there, of 12288 by 0.0026, of 22016 by 0.0037; in 14336 that is what
+    twice the error of rounding to BF16 (0.0017) leaves room for. The codes themselves are off by 0.037. With one scale
+    for all of ``dy`` exact sums cost no time.
+    """
+    w_qt, top = transposed_weights(weights, w_s, cache)
+    fast = dy_s.shape[0] > 1 and dy_q.shape[1] <= FAST_DEPTH
+    return scaled_mm(dy_q, w_qt, dy_s, top, out_dtype=out_dtype, fast_accum=fast)
+
+
 def results(ys: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Products [T, N_i] as the results of linears that read a tensor of this shape. Autograd takes none for a view, so
     whoever gets them may add to them in place."""

@@ -85,7 +85,8 @@ def scaled_mm(
         b_s: float32 scales [N, 1] or [1, 1].
         bias: BF16 or FP32 values [N], added after scaling.
         out_dtype: ``torch.bfloat16`` or ``torch.float32``.
-        fast_accum: Sum in the tensor core's own accumulator. Faster by a few percent; meant for the forward product.
+        fast_accum: Sum in the tensor core's own accumulator. Faster, by 10 % with scales per row; meant for the
+            forward product and for short sums.
         out: Where to write the product: [M, N] in ``out_dtype``, contiguous, at a multiple of :data:`ALIGN` bytes.
 
     Returns:

@@ -136,9 +136,10 @@ def test_frozen_weight_gets_no_gradient_work(device, config, monkeypatch):
     x = torch.randn(8, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
     y = layer(x)
     calls = []
-    monkeypatch.setattr(
-        "hf_coat.functional.linear.scaled_mm", lambda *a, **k: calls.append(a) or ck.scaled_mm(*a, **k)
-    )
+    for module in ("linear", "operands"):  # gradients of weights, and of inputs
+        monkeypatch.setattr(
+            f"hf_coat.functional.{module}.scaled_mm", lambda *a, **k: calls.append(a) or ck.scaled_mm(*a, **k)
+        )
     y.sum().backward()
     assert len(calls) == 1 and layer.weight.grad is None and x.grad is not None and layer.bias.grad is not None
 
