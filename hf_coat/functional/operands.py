@@ -217,6 +217,9 @@ def bits_and_scales(
     return tuple(w.bits for w in weights), tuple(w.scale for w in weights)
 
 
+LARGE = 2**25  # values of a product, 8192 x 4096, that is multiplied as fast alone as beside others
+
+
 def forward_products(
     x_q: torch.Tensor,
     x_s: torch.Tensor,
@@ -231,20 +234,31 @@ def forward_products(
     """Multiply codes [T, K] by weights [N_i, K]: the products [T, N_i], and the scales [sum N_i, 1] or [1, 1] of the
     weights' codes.
 
-    Weights are quantized one below the other and multiplied as one. Codes that are there already, of stored weights,
-    which have ``scales``, and of gathered ones, are multiplied each by itself: to bring them together takes longer.
+    Weights are quantized one below the other and multiplied as one, unless each product fills the GPU by itself: then
+    they gain nothing, and a v that lies in one memory with q and k has to be copied out of it to be kept. Codes that
+    are there already, of stored weights, which have ``scales``, and of gathered ones, are multiplied each by itself:
+    to bring them together takes longer.
     """
     if isinstance(weights[0], GatheredWeight):
         weights, scales = [w.bits for w in weights], [w.scale for w in weights]
     options = {"out_dtype": out_dtype, "fast_accum": True}
+
+    def products(codes, scales):
+        operands = zip(codes, scales, biases, strict=True)
+        return [scaled_mm(x_q, part, x_s, scale, bias, **options) for part, scale, bias in operands]
+
     if scales is not None:
-        operands = zip(weights, scales, biases, strict=True)
-        ys = [scaled_mm(x_q, bits.view(E4M3), x_s, scale, bias, **options) for bits, scale, bias in operands]
+        ys = products([bits.view(E4M3) for bits in weights], scales)
         return ys, scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
     codes, scale = _quantize_weights(weights, granularity, power_of_two, cache)
-    bias = biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(tuple(biases))
+    rows = [len(w) for w in weights]
+    if len(weights) == 1:
+        return products([codes], [scale]), scale
+    if x_q.shape[0] * min(rows) >= LARGE:
+        return products(codes.split(rows), scale.split(rows)), scale
+    bias = None if biases[0] is None else torch.cat(tuple(biases))
     y = scaled_mm(x_q, codes, x_s, scale, bias, **options)
-    return [y] if len(weights) == 1 else torch.unsafe_split_with_sizes(y, [len(w) for w in weights], dim=1), scale
+    return torch.unsafe_split_with_sizes(y, rows, dim=1), scale
 
 
 def _quantize_weights(weights, granularity, power_of_two, cache) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,6 +86,22 @@ def test_q_k_and_v_are_one_product_and_alone_the_same_linears(device, monkeypatc
         assert relative(grad, grads_alone[name]) < 0.1, name
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_products_that_share_an_input_are_apart(device, monkeypatch, bias):
+    models = [llama(device=device, attention_bias=bias) for _ in range(2)]
+    for model in models:
+        hf_coat.apply_coat(model)
+    forward = Counter(monkeypatch, operands, "scaled_mm")
+    loss, grads = gradients(models[0], **batch(device))
+    as_one = len(forward)
+    monkeypatch.setattr(operands, "LARGE", 0)
+    loss_apart, grads_apart = gradients(models[1], **batch(device))
+    assert len(forward) - as_one == as_one + 2 * 3, "q, k and v are three in each layer; gate and up are two"
+    assert loss_apart == pytest.approx(loss, rel=1e-6)
+    for name, grad in grads.items():
+        assert relative(grads_apart[name], grad) < 1e-5, name
+
+
 def test_followers_called_with_another_tensor_compute_for_themselves(device):
     model = llama(device=device)
     hf_coat.apply_coat(model)
