@@ -180,8 +180,8 @@ class CoatConfig(QuantizationConfigMixin):
             applies to those whose weight does not require a gradient. Saves hold the dequantized values.
         fsdp_all_gather: What FSDP2 (``fully_shard``) gathers of the weights of converted linears, see
             :class:`AllGather`. With a scale per tensor it gathers the values.
-        fuse_loss: Whether a language model's head and loss run as one, in chunks, without ever holding the logits,
-            where a library that does it is installed.
+        fuse_loss: Whether a language model's head and loss run as one and keep no logits, where a library that
+            does it is installed; in pieces, unless those take more memory than all logits at once.
 
     Raises:
         TypeError: For an unknown key or a value of the wrong type.

@@ -9,9 +9,9 @@ A product that adds up over tokens has one scale for all of them. With scales pe
 largest scale while they are transposed: exactly, for the scales are powers of two (see coat_kernels.transpose). With
 one scale per tensor (the COAT paper, arXiv 2410.19313 section 4) the input's transposed codes are what is kept.
 
-Linears that read the same input (q, k and v) run as one: one product forward (unless the codes of their weights lie
-apart in memory already), one for the input gradient, whose codes share a scale per token, and one for the gradients of
-all weights.
+Linears that read the same input (q, k and v) run as one: one product forward (unless each is large enough alone, or
+the codes of their weights lie apart in memory already), one for the input gradient, whose codes share a scale per
+token, and one for the gradients of all weights.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A language model's head and its loss in one: a training step whose logits are never in memory.
+"""A language model's head and its loss in one: a training step that keeps no logits.
 
 The logits [T, V] and their gradient are often the largest tensors of a step. :func:`fuse_loss` changes no forward of a
 model. Its head returns a :class:`DeferredLogits` in training: a tensor with the logits' shape, dtype and place in the
@@ -489,10 +489,11 @@ def _pieces(hidden: torch.Tensor, weight: torch.Tensor, needs) -> int:
 
     The logits of a piece are no larger than the hidden states of all rows or half of the weight, whichever is more,
     except that a piece is never cut below ``FEWEST_ROWS``: each adds its part to the whole gradient of the weight.
-    Where the sum of these parts takes more than all logits, which are two bytes each, there is one piece.
+    Where their sum takes more than all logits, two bytes each, there is one piece with Liger, which makes the gradient
+    of the logits in their place.
     """
     (n, width), vocabulary = hidden.shape, len(weight)
-    if _summed(weight, needs) and n <= 2 * width:
+    if _summed(weight, needs) and n <= 2 * width and _liger() is not None:
         return 1
     return -(-n // max(FEWEST_ROWS, width // 2, n * width // vocabulary))
 

@@ -652,18 +652,22 @@ def test_on_a_device_without_a_library(device, monkeypatch):
     ("tokens", "hidden", "vocabulary", "pieces"),
     [(1024, 32, 100, 1), (1025, 32, 100, 2), (8192, 4096, 32000, 4), (8192, 4096, 128256, 4), (65536, 4096, 32000, 8)],
 )
-def test_pieces(tokens, hidden, vocabulary, pieces):
+def test_pieces(tokens, hidden, vocabulary, pieces, monkeypatch):
+    monkeypatch.setattr(page, "_liger", lambda: None)
     rows, everything, frozen = torch.empty(tokens, hidden, device="meta"), (True, True, False), (True, False, False)
     weight = torch.empty(vocabulary, hidden, device="meta")
     assert page._pieces(rows, weight, everything) == pieces
     rows, weight = rows.bfloat16(), weight.bfloat16()
+    assert page._pieces(rows, weight, everything) == pieces
+    monkeypatch.setattr(page, "_liger", lambda: (None, frozenset()))
     assert page._pieces(rows, weight, frozen) == pieces
     assert page._pieces(rows, weight, everything) == (1 if tokens <= 2 * hidden else pieces)
 
 
 @pytest.mark.parametrize("tokens", [1025, 4096, 8192, 8193, 65536])
 @pytest.mark.parametrize("vocabulary", [32000, 151936])
-def test_one_piece_never_takes_more_memory(tokens, vocabulary):
+def test_one_piece_never_takes_more_memory(tokens, vocabulary, monkeypatch):
+    monkeypatch.setattr(page, "_liger", lambda: (None, frozenset()))
     rows = torch.empty(tokens, 4096, device="meta", dtype=torch.bfloat16)
     weight = torch.empty(vocabulary, 4096, device="meta", dtype=torch.bfloat16)
     pieces = page._pieces(rows, weight, (True, True, False))
