@@ -14,6 +14,7 @@ from hf_coat import CoatAdamW, GradientRelease, HfCoatConfig, cli, memory
 from hf_coat.config import PRESETS
 from hf_coat.integrations.estimate import Training, batch_of, estimate, estimates, ghost, largest_batch
 from hf_coat.memory import predict
+from hf_coat.modules import loss
 from hf_coat.peak import WORKSPACE, estimate_step
 
 TEXT = {
@@ -98,6 +99,19 @@ def test_recorded_peaks(coat, layers, measured, without, changes):
     assert estimate(training).peak / 2**30 - without == pytest.approx(measured, rel=0.05)
 
 
+def test_logits_in_one_piece(monkeypatch):
+    """With two tokens for each hidden unit all logits take as much as the FP32 sum of the pieces' gradients, and lie
+    beside what lies beside that: the peak of this short, wide model moves by no more than a piece."""
+    monkeypatch.setattr(loss, "library", lambda kind: loss._by_liger)
+    config = LlamaConfig(**{**LLAMA_2_7B.to_dict(), "num_hidden_layers": 2, "vocab_size": 128256})
+    training, peaks = Training(config, batch=4, length=2048, coat="lean"), []
+    for arguments in ({loss.SIZE}, set()):
+        monkeypatch.setattr(loss, "_liger", lambda arguments=arguments: (None, arguments))
+        peaks.append(estimate(training).peak)
+    one, several = peaks
+    assert several - 2 * 2048 * 128256 <= one <= several
+
+
 @pytest.mark.parametrize("coat", [None, "lean", "paper"])
 def test_classes_are_those_of_predict(coat):
     """The same classes as :func:`hf_coat.memory.predict`, whose figures are exact; here rounded up as CUDA does."""
@@ -178,7 +192,7 @@ def test_gradients_that_are_released(monkeypatch):
     recipe = {"optimizer": {"gradient_release": True}}
     monkeypatch.setitem(GradientRelease.__init__.__kwdefaults__, "batch_bytes", 0)
     monkeypatch.setattr(memory, "BATCH_BYTES", 0)
-    one, all_of_them = of(coat=recipe), of(coat="lean")
+    one, all_of_them = of(coat=recipe, length=16), of(coat="lean", length=16)  # few logits: the peak comes later
     largest = max(p.nbytes for p in ghost(Training(LLAMA))[0].parameters())
     assert one.gradients == largest < all_of_them.gradients / 2
     assert (one.weights, one.optimizer_states) == (all_of_them.weights, all_of_them.optimizer_states)

@@ -254,7 +254,7 @@ def forward_products(
     rows = [len(w) for w in weights]
     if len(weights) == 1:
         return products([codes], [scale]), scale
-    if x_q.shape[0] * min(rows) >= LARGE:
+    if x_q.shape[0] * min(rows) >= LARGE and not any(n % 4 for n in rows):  # scales at multiples of 16 bytes
         return products(codes.split(rows), scale.split(rows)), scale
     bias = None if biases[0] is None else torch.cat(tuple(biases))
     y = scaled_mm(x_q, codes, x_s, scale, bias, **options)

@@ -44,6 +44,7 @@ aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float32)
 IGNORED = -100  # the label of a position without one, as transformers has it
 FEWEST_ROWS = 1024  # tokens of a piece, if there are as many: fewer, and the GPU waits for the host or the weight
+SIZE = "chunk_mem_const"  # how many times N * H the logits of a piece may take: Liger 0.8.5 has it, 0.8.0 has not
 REMEDY = "pip install liger-kernel, or torch 2.13 or newer"
 # What models call the factor or the bound that they apply to the logits. It only decides whether the head is fused:
 # if the logits are changed before the loss, they are computed, fused or not.
@@ -387,11 +388,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.empty = not len(target)
         if ctx.empty or isinstance(hidden, FakeTensor):
             loss = hidden.new_zeros((), dtype=torch.float32)
-            sums = _held_meanwhile(hidden, weight, needs) if len(target) else None  # noqa: F841
-            gradients = [
-                torch.zeros_like(t) if need else None for t, need in zip((hidden, weight, bias), needs, strict=True)
-            ]
-            del sums
+            gradients = _predicted((hidden, weight, bias), needs)
         else:
             with _without_autocast(hidden.device):
                 operands = [t if t is None else t.detach() for t in (hidden, weight, bias)]
@@ -418,12 +415,22 @@ def _without_autocast(device: torch.device):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _held_meanwhile(hidden, weight, needs) -> torch.Tensor | None:
-    """For :mod:`hf_coat.peak`: makes and drops the logits of a piece, and returns the weight's gradient in FP32."""
-    pieces, summed = _pieces(hidden, weight, needs), _summed(weight, needs)
-    sums = torch.zeros_like(weight, dtype=torch.float32) if summed and pieces > 1 else None
+def _predicted(operands, needs) -> Gradients:
+    """Gradients for :mod:`hf_coat.peak`, and on the way what else is held while they are computed: the logits of a
+    piece, and the sum of the pieces' gradients of the weight, from which its own is made at the end."""
+    hidden, weight, _ = operands
+
+    def gradients():
+        return [torch.zeros_like(t) if need else None for t, need in zip(operands, needs, strict=True)]
+
+    if not len(hidden):
+        return gradients()
+    liger = _expected_library(hidden.device.type) is _by_liger
+    pieces = _pieces_by_liger(hidden, weight, needs) if liger else _pieces(*hidden.shape, len(weight))
+    sums = torch.zeros_like(weight, dtype=torch.float32) if pieces > 1 and _summed(weight, needs) else None
+    made = gradients() if sums is None else None
     hidden.new_empty(-(-len(hidden) // pieces), len(weight))
-    return sums
+    return gradients() if made is None else made
 
 
 # --- the libraries ---
@@ -479,23 +486,27 @@ def multiply(values: torch.Tensor, factor: torch.Tensor) -> None:
     kernel[(len(rows),)](rows, rows.stride(0), factor, rows.shape[1], BLOCK_SIZE=4096, num_warps=8)
 
 
+def _pieces(n: int, width: int, vocabulary: int) -> int:
+    """Into how many pieces N rows are cut.
+
+    The logits of a piece are no larger than the hidden states of all rows or half of the weight, whichever is more,
+    except that a piece is never cut below ``FEWEST_ROWS``: each adds its part to the whole gradient of the weight.
+    """
+    return -(-n // max(FEWEST_ROWS, width // 2, n * width // vocabulary))
+
+
 def _summed(weight: torch.Tensor, needs) -> bool:
     """Whether the pieces' gradients of the weight add up in memory of their own, of four bytes for a value."""
     return needs[1] and weight.dtype != torch.float32
 
 
-def _pieces(hidden: torch.Tensor, weight: torch.Tensor, needs) -> int:
-    """Into how many pieces the rows of ``hidden`` [N, H] are cut.
-
-    The logits of a piece are no larger than the hidden states of all rows or half of the weight, whichever is more,
-    except that a piece is never cut below ``FEWEST_ROWS``: each adds its part to the whole gradient of the weight.
-    Where their sum takes more than all logits, two bytes each, there is one piece with Liger, which makes the gradient
-    of the logits in their place.
-    """
-    (n, width), vocabulary = hidden.shape, len(weight)
-    if _summed(weight, needs) and n <= 2 * width and _liger() is not None:
+def _pieces_by_liger(hidden: torch.Tensor, weight: torch.Tensor, needs) -> int:
+    """The same of ``hidden`` [N, H], but one piece where the sum of the parts would take more memory than all logits,
+    two bytes each: Liger makes their gradient in their place. Versions that are not told so cut as they like."""
+    n, width = hidden.shape
+    if SIZE in _liger()[1] and _summed(weight, needs) and n <= 2 * width:
         return 1
-    return -(-n // max(FEWEST_ROWS, width // 2, n * width // vocabulary))
+    return _pieces(n, width, len(weight))
 
 
 class _AllThere(torch.Tensor):
@@ -511,10 +522,12 @@ class _AllThere(torch.Tensor):
 
 
 def _by_liger(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradients]:
-    (kernel, arguments), pieces = _liger(), _pieces(hidden, weight, needs)
-    options = {"accum_dtype": torch.float32} if pieces > 1 else {}  # one piece is rounded once in any case
-    if "chunk_mem_const" in arguments:  # how many times n * width its logits may take
-        options["chunk_mem_const"] = -(-len(weight) // (hidden.shape[1] * pieces))
+    (kernel, arguments), pieces = _liger(), _pieces_by_liger(hidden, weight, needs)
+    options = {}
+    if SIZE in arguments:
+        options[SIZE] = -(-len(weight) // (hidden.shape[1] * pieces))
+    if pieces > 1 or not options:  # one piece is rounded once in any case
+        options["accum_dtype"] = torch.float32
     loss, *_, dhidden, dweight, dbias = kernel(
         _input=hidden.requires_grad_(),  # without it Liger computes no gradient at all
         weight=weight.requires_grad_(needs[1]),
@@ -530,13 +543,13 @@ def _by_torch(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradie
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return _by_torch_in_pieces(hidden, weight, bias, target, needs)
     operands = [t if t is None else t.float() for t in (hidden, weight, bias)]
-    rows = -(-len(target) // _pieces(hidden, weight, needs))
+    rows = -(-len(target) // _pieces(*hidden.shape, len(weight)))
     loss, gradients = _torch_piece(*operands, target, needs, "mean", rows)
     return loss, [g if g is None else g.to(hidden.dtype) for g in gradients]
 
 
 def _by_torch_in_pieces(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradients]:
-    n, pieces = len(target), _pieces(hidden, weight, needs)
+    n, pieces = len(target), _pieces(*hidden.shape, len(weight))
     loss, dhidden, (dweight, dbias) = hidden.new_zeros((), dtype=torch.float32), [], (None, None)
     for part, labels in zip(hidden.tensor_split(pieces), target.tensor_split(pieces), strict=True):
         part_loss, (dpart, dw, db) = _torch_piece(part, weight, bias, labels, needs, "sum", len(labels))
@@ -650,11 +663,15 @@ def _why_not(head: nn.Module, owner: nn.Module | None) -> str | None:
     return None
 
 
-def _library_name(head: nn.Linear) -> str | None:
-    kind = head.weight.device.type
+def _expected_library(kind: str) -> Callable | None:
     if library(kind) is None:  # where it will be moved to, as far as one can tell
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return {_by_liger: "liger_kernel", _by_torch: "torch.nn.functional.linear_cross_entropy"}.get(library(kind))
+    return library(kind)
+
+
+def _library_name(head: nn.Linear) -> str | None:
+    names = {_by_liger: "liger_kernel", _by_torch: "torch.nn.functional.linear_cross_entropy"}
+    return names.get(_expected_library(head.weight.device.type))
 
 
 def _names_in(code) -> set[str]:

@@ -284,6 +284,8 @@ def milliseconds(call: Callable) -> float:
         start.record()
         call()
         end.record()
+    if events[0][0].query():
+        raise RuntimeError(f"the GPU slept {ASLEEP} cycles, and the host had not enqueued {REPEATS} calls by then")
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in events)
 

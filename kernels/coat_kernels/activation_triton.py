@@ -5,8 +5,8 @@ most 2**-20 + |z| * 2**-23 (of exp2 and the division, and of the rounded exponen
 2**-16 in the worst place, where half a step of BF16 is 2**-9 at least. It is exactly 1 from z = 18 on, so no rounding
 is left over in a slope far out.
 
-The normal distribution of gelu is formula 7.1.26 of Abramowitz and Stegun: off by at most 2**-22, and by 2**-20 of it
-from -1 on. Far below it is closer than float32's ``1 + erf``, where all digits cancel.
+The normal distribution of gelu is formula 7.1.26 of Abramowitz and Stegun: off by at most 2**-21, and by 2**-20 of it
+from -1 on. Below -4 it is closer than float32's ``1 + erf``, where all digits cancel.
 """
 
 from typing import NamedTuple
@@ -53,6 +53,7 @@ REGISTERS = 65536  # of a processor, for all threads of a program
 FORWARD = Rows(block=4096, most=5, warps=16, registers=64, wide_registers=64)
 BACKWARD = Rows(block=4096, most=5, warps=16, registers=64, wide_registers=128)
 PLAIN_BACKWARD = Rows(block=2048, most=6, warps=8, registers=64, wide_registers=64)  # without up
+PLAIN_WIDTH = PLAIN_BACKWARD.block * PLAIN_BACKWARD.most  # beyond which it is no faster
 TRANSPOSED_TILE = 32, 128, 2  # rows, columns, at least as many as in a group, and warps
 GELU_TANH_TILE = 128, 128, 4  # the same for gelu_tanh without up
 AHEAD = 2  # tiles of the forward that are on their way while one is at work
@@ -457,7 +458,9 @@ def activation_backward(dh, kept_q, kept_s, act, gated, group_size, codes, code_
     else:
         d = torch.empty(kept_q.shape, dtype=out_dtype, device=device)
     if tokens:
-        tiles, options, columns = _plan(width, group_size, codes, BACKWARD if gated else PLAIN_BACKWARD)
+        tiles, options, columns = _plan(
+            width, group_size, codes, BACKWARD if gated or width > PLAIN_WIDTH else PLAIN_BACKWARD
+        )
         _activation_backward_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]), columns)](
             dh, kept_q.contiguous(), kept_s.contiguous(), d, d_q, d_s, tokens, width, dh.stride(0),
             ACT=act, GATED=gated, GROUP=group_size, CODES=codes, EMAX=MAX_EXPONENT[code_dtype],

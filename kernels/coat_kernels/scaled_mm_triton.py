@@ -81,8 +81,8 @@ def tile_of(m: int, n: int, fast_accum: bool, y_bytes: int, shared: int) -> dict
             tiles of both operands.
     """
 
-    def stages(block_m, block_n):
-        return (shared - BARRIERS - block_m * block_n * y_bytes) // ((block_m + block_n) * BLOCK_K)
+    def stages(block_m, block_n):  # two fit into the 99 KiB of Ada, where the product lies in the operands' place
+        return max(2, (shared - BARRIERS - block_m * block_n * y_bytes) // ((block_m + block_n) * BLOCK_K))
 
     if m <= 64:
         return dict(BLOCK_M=64, BLOCK_N=128, num_warps=4, num_stages=min(4, stages(64, 128)))

@@ -648,33 +648,50 @@ def test_on_a_device_without_a_library(device, monkeypatch):
     assert type(outputs.logits) is torch.Tensor and torch.equal(outputs.loss, plain(**batch(device)).loss)
 
 
+def test_pieces():
+    assert page._pieces(1024, 32, 100) == 1 and page._pieces(1025, 32, 100) == 2
+    assert page._pieces(8192, 4096, 32000) == 4 and page._pieces(8192, 4096, 128256) == 4
+    assert page._pieces(65536, 4096, 32000) == 8
+
+
+BF16_TRAINED, BF16_FROZEN, FP32 = (torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)
+
+
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "vocabulary", "pieces"),
-    [(1024, 32, 100, 1), (1025, 32, 100, 2), (8192, 4096, 32000, 4), (8192, 4096, 128256, 4), (65536, 4096, 32000, 8)],
+    ("kind", "tokens", "size", "summed"),
+    [
+        (BF16_TRAINED, 1024, 32, False),  # one piece: 128 * 32 is the vocabulary
+        (BF16_TRAINED, 2048, 16, True),  # 2048 tokens are more than twice the width: two pieces
+        (BF16_FROZEN, 1024, 32, False),
+        (FP32, 2048, 16, True),
+    ],
 )
-def test_pieces(tokens, hidden, vocabulary, pieces, monkeypatch):
-    monkeypatch.setattr(page, "_liger", lambda: None)
-    rows, everything, frozen = torch.empty(tokens, hidden, device="meta"), (True, True, False), (True, False, False)
-    weight = torch.empty(vocabulary, hidden, device="meta")
-    assert page._pieces(rows, weight, everything) == pieces
+def test_what_liger_is_told(monkeypatch, kind, tokens, size, summed):
+    """How large a piece may be, and to sum in FP32; versions that cannot be told the first sum in FP32 always."""
+    (dtype, trained), told = kind, []
+
+    def kernel(**options):
+        told.append({name: options[name] for name in (page.SIZE, "accum_dtype") if name in options})
+        return torch.zeros(()), None, None, None, None, None, None
+
+    for arguments in ({page.SIZE, "accum_dtype"}, {"accum_dtype"}):
+        monkeypatch.setattr(page, "_liger", lambda arguments=arguments: (kernel, arguments))
+        operands = torch.zeros(tokens, 128, dtype=dtype), torch.zeros(4096, 128, dtype=dtype)
+        page._by_liger(*operands, None, torch.zeros(tokens, dtype=torch.int64), (True, trained, False))
+    in_fp32 = {"accum_dtype": torch.float32}
+    assert told == [{page.SIZE: size} | (in_fp32 if summed else {}), in_fp32]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "pieces"), [(8192, 4096, 1), (8193, 4096, 5), (2048, 1024, 1), (2049, 1024, 3)]
+)
+def test_one_piece_takes_no_more_memory(monkeypatch, tokens, hidden, pieces):
+    monkeypatch.setattr(page, "_liger", lambda: (None, {page.SIZE}))
+    rows, weight = torch.empty(tokens, hidden, device="meta"), torch.empty(32000, hidden, device="meta")
     rows, weight = rows.bfloat16(), weight.bfloat16()
-    assert page._pieces(rows, weight, everything) == pieces
-    monkeypatch.setattr(page, "_liger", lambda: (None, frozenset()))
-    assert page._pieces(rows, weight, frozen) == pieces
-    assert page._pieces(rows, weight, everything) == (1 if tokens <= 2 * hidden else pieces)
-
-
-@pytest.mark.parametrize("tokens", [1025, 4096, 8192, 8193, 65536])
-@pytest.mark.parametrize("vocabulary", [32000, 151936])
-def test_one_piece_never_takes_more_memory(tokens, vocabulary, monkeypatch):
-    monkeypatch.setattr(page, "_liger", lambda: (None, frozenset()))
-    rows = torch.empty(tokens, 4096, device="meta", dtype=torch.bfloat16)
-    weight = torch.empty(vocabulary, 4096, device="meta", dtype=torch.bfloat16)
-    pieces = page._pieces(rows, weight, (True, True, False))
-    in_pieces = page._pieces(rows, weight, (True, False, False))  # where no parts add up
-    assert pieces in (1, in_pieces)
-    if pieces < in_pieces:
-        assert 2 * tokens * vocabulary <= 2 * -(-tokens // in_pieces) * vocabulary + 4 * weight.numel()
+    assert page._pieces_by_liger(rows, weight, (True, True, False)) == pieces
+    if pieces == 1:  # all logits against the FP32 sum
+        assert 2 * tokens * 32000 <= 4 * weight.numel()
 
 
 def test_labels_that_are_all_there():
