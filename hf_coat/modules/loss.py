@@ -417,7 +417,7 @@ def _without_autocast(device: torch.device):
 
 def _predicted(operands, needs) -> Gradients:
     """Gradients for :mod:`hf_coat.peak`, and on the way what else is held while they are computed: the logits of a
-    piece, and the sum of the pieces' gradients of the weight, from which its own is made at the end."""
+    piece, beside the gradients or beside the FP32 sum from which that of the weight is made at the end."""
     hidden, weight, _ = operands
 
     def gradients():
