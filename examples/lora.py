@@ -111,7 +111,7 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
         **METRIC,
     )
     trainer.train()
-    before = trainer.state.log_history[0]["eval_perplexity"]
+    before = trainer.state.log_history[0].get("eval_perplexity", float("nan"))  # of --eval_on_start false
     after = trainer.evaluate()["eval_perplexity"]
     if trainer.is_world_process_zero():
         print(f"perplexity on held-out text, before: {before:.2f}")

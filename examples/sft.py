@@ -130,7 +130,7 @@ def train(script_args: ScriptArguments, args: transformers.TrainingArguments) ->
     if tells and args.coat is not None and args.coat.model is not None:  # COAT: applied; asking again tells how
         print(report.conversion_table(hf_coat.apply_coat(model, args.coat.model).to_dict()), end="\n\n", flush=True)
     trainer.train()
-    before = trainer.state.log_history[0]["eval_perplexity"]
+    before = trainer.state.log_history[0].get("eval_perplexity", float("nan"))  # of --eval_on_start false
     after = trainer.evaluate()["eval_perplexity"]
     if tells:
         print(f"perplexity on held-out text, before: {before:.1f}")
