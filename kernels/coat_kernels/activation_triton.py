@@ -18,8 +18,8 @@ import triton.language as tl
 from .formats import MAX_EXPONENT, round_up
 from .quantize_triton import nothing
 from .tiles_triton import (
-    INTERPRETED,
     amax_bits,
+    fast_reciprocal,
     inverse_scale,
     larger_magnitude,
     quantize_groups,
@@ -60,15 +60,6 @@ AHEAD = 2  # tiles of the forward that are on their way while one is at work
 
 
 @triton.jit
-def _reciprocal(x):
-    """``1 / x`` of positive x; 0 above 2**126."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _sigmoid(x, ACT: tl.constexpr, scale=1.0):
     """``sigmoid(z) / scale`` where ``act(x) = x * sigmoid(z)``. The exponent may overflow: a sigmoid of zero."""
     if ACT == "quick_gelu":  # z = 1.702 x
@@ -77,14 +68,14 @@ def _sigmoid(x, ACT: tl.constexpr, scale=1.0):
         exponent = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))
     else:
         exponent = -1.4426950408889634 * x
-    return _reciprocal(scale + scale * tl.exp2(exponent))
+    return fast_reciprocal(scale + scale * tl.exp2(exponent))
 
 
 @triton.jit
 def _normal(x):
     """The standard normal distribution of float32 ``x``, and ``sqrt(2 pi)`` times its density."""
     bell = tl.exp2(-0.7213475204444817 * x * x)
-    t = _reciprocal(1.0 + 0.23164188852425 * tl.abs(x))
+    t = fast_reciprocal(1.0 + 0.23164188852425 * tl.abs(x))
     series = t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))
     beyond = t * (0.127414796 + t * (-0.142248368 + series)) * bell  # of abs(x)
     return tl.where(x < 0.0, beyond, 1.0 - beyond), bell

@@ -27,7 +27,6 @@ from .states_triton import (
     encode_e4m3,
     encode_ratios,
     encode_roots,
-    fast_reciprocal,
     fast_rsqrt,
     fast_sqrt,
     largest_bits,
@@ -39,6 +38,7 @@ from .states_triton import (
     store,
 )
 from .tables_triton import find_row
+from .tiles_triton import fast_reciprocal
 
 
 @triton.jit(do_not_specialize=["parameters"])

@@ -23,7 +23,7 @@ from triton.language.extra import libdevice
 
 from .states import StateFormat, Weights, hashed, mixed
 from .tables_triton import TRITON_DTYPES, on_device
-from .tiles_triton import INTERPRETED, amax_bits, to_float, to_fp8
+from .tiles_triton import INTERPRETED, amax_bits, fast_reciprocal, to_float, to_fp8
 
 # The columns of the table, int64; the last one is what tables_triton.find_row reads.
 POINTERS = tl.constexpr(0)  # param, grad, residual; codes, scales, expansions of each moment
@@ -95,15 +95,6 @@ def fast_log2(x):
         return tl.where(x < smallest, float("-inf"), tl.log2(tl.maximum(x, smallest)))
     else:
         return libdevice.fast_log2f(x)
-
-
-@triton.jit
-def fast_reciprocal(x):
-    """1 / x of normal float32 ``x``."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -37,6 +37,15 @@ def amax_bits(x, axis: tl.constexpr):
 
 
 @triton.jit
+def fast_reciprocal(x):
+    """1 / x of normal float32 ``x``; on a GPU zero where that would be below 2**-126. One instruction."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def dither_factor(ptr, count):
     """A factor in [1, 2) from the first ``count`` values of a row, 256 at most; the twin of ``formats``' function."""
     i = tl.arange(0, 256)
