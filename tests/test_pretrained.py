@@ -95,13 +95,13 @@ def fine_tune(start):
     return run
 
 
-@pytest.mark.parametrize("preset", ["lean", "paper"])
-def test_held_out_loss_is_within_a_percent_of_bf16(preset, fine_tune):
+@pytest.mark.parametrize(("preset", "steps"), [("lean", 30), ("paper", 12)])
+def test_held_out_loss_is_within_a_percent_of_bf16(preset, steps, fine_tune):
     """Or below it: "lean" rounds BF16 weights by chance, which keeps small updates that the nearest number loses.
 
-    12 steps take BF16 from 3.59 to 3.42.
+    30 steps take BF16 from 3.59 to 3.30. A step of "paper" takes twice as long as one of "lean" on a CPU.
     """
-    (before, bf16), (_, after) = fine_tune(None, 12), fine_tune(preset, 12)
+    (before, bf16), (_, after) = fine_tune(None, steps), fine_tune(preset, steps)
     assert max(bf16, after) < 0.98 * before, "there is something to compare"
     assert after < 1.01 * bf16
     if preset == "paper":  # which rounds to nearest, as torch does
