@@ -251,9 +251,9 @@ def forward_products(
         ys = products([bits.view(E4M3) for bits in weights], scales)
         return ys, scales[0] if len(scales) == 1 else torch.cat(tuple(scales))
     codes, scale = _quantize_weights(weights, granularity, power_of_two, cache)
-    rows = [len(w) for w in weights]
     if len(weights) == 1:
         return products([codes], [scale]), scale
+    rows = [len(w) for w in weights]
     if x_q.shape[0] * min(rows) >= LARGE and not any(n % 4 for n in rows):  # scales at multiples of 16 bytes
         return products(codes.split(rows), scale.split(rows)), scale
     bias = None if biases[0] is None else torch.cat(tuple(biases))

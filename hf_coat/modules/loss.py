@@ -427,10 +427,10 @@ def _predicted(operands, needs) -> Gradients:
         return gradients()
     liger = _expected_library(hidden.device.type) is _by_liger
     pieces = _pieces_by_liger(hidden, weight, needs) if liger else _pieces(*hidden.shape, len(weight))
-    sums = torch.zeros_like(weight, dtype=torch.float32) if pieces > 1 and _summed(weight, needs) else None
-    made = gradients() if sums is None else None
+    summed = pieces > 1 and _summed(weight, needs)
+    beside = torch.zeros_like(weight, dtype=torch.float32) if summed else gradients()
     hidden.new_empty(-(-len(hidden) // pieces), len(weight))
-    return gradients() if made is None else made
+    return gradients() if summed else beside
 
 
 # --- the libraries ---
@@ -523,10 +523,9 @@ class _AllThere(torch.Tensor):
 
 def _by_liger(hidden, weight, bias, target, needs) -> tuple[torch.Tensor, Gradients]:
     (kernel, arguments), pieces = _liger(), _pieces_by_liger(hidden, weight, needs)
-    options = {}
-    if SIZE in arguments:
-        options[SIZE] = -(-len(weight) // (hidden.shape[1] * pieces))
-    if pieces > 1 or not options:  # one piece is rounded once in any case
+    told = SIZE in arguments
+    options = {SIZE: -(-len(weight) // (hidden.shape[1] * pieces))} if told else {}
+    if pieces > 1 or not told:  # one piece is rounded once in any case
         options["accum_dtype"] = torch.float32
     loss, *_, dhidden, dweight, dbias = kernel(
         _input=hidden.requires_grad_(),  # without it Liger computes no gradient at all
