@@ -1,11 +1,11 @@
-"""FP8 quantization: codes with one scale per tensor, per token or per group, as they stand, transposed, or both.
+"""FP8 quantization: codes with one scale per tensor, per token or per group; per tensor, transposed too.
 
     x [T, H]  ->  x_q [T, H] codes,  x_qt [H, round_up(T, 16)] the same codes transposed,  x_s scales
 
 Scales are float32: [1, 1] per tensor, [T, 1] per token and [T, ceil(H / G)] per group; those of groups can be stored
-in BF16 or as E8M0 bytes too (formats.ScaleFormat). The transposed codes end in zeros up to a multiple of 16 tokens,
-because the matrix product that uses them (the weight gradient) reduces over T and tensor cores read 16 bytes at a
-time.
+in BF16 or as E8M0 bytes too (formats.ScaleFormat). The matrix product that uses transposed codes (the weight
+gradient) reduces over T: they have one scale, and end in zeros up to a multiple of 16 tokens, because tensor cores
+read 16 bytes at a time.
 
 Several tensors can be quantized as one, as if they had been concatenated: the weights of q, k and v along their rows,
 the gradients of q, k and v along their columns.
@@ -76,7 +76,9 @@ def _check_dither(name, dither, width):
         )
 
 
-def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither, amax):
+def _check_quantize(
+    parts, dtype, granularity, group_size, power_of_two, scale, transposed, scale_dtype, dim, dither, amax
+):
     first = parts[0]
     if first.dtype not in SOURCE_DTYPES:
         raise TypeError(f"quantize: x is {first.dtype}, expected one of {', '.join(map(str, SOURCE_DTYPES))}")
@@ -88,6 +90,11 @@ def _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, 
         raise ValueError(
             f"quantize: group_size is {group_size} with granularity {granularity!r}; expected a power of two with "
             "'group', 0 otherwise"
+        )
+    if transposed and granularity != Granularity.TENSOR:
+        raise ValueError(
+            f"quantize: transposed is True with granularity {granularity!r}; whoever uses transposed codes sums over "
+            "tokens, with one scale for all: expected 'tensor', or transpose(x_q, x_s) of codes per token"
         )
     if dim not in (0, 1):
         raise ValueError(f"quantize: dim is {dim}, expected 0 (rows) or 1 (columns)")
@@ -210,7 +217,7 @@ def quantize(
         power_of_two: Round each scale up to a power of two.
         scale: Scales to use instead of measured ones, ``scale_dtype``, of the shape that ``granularity`` gives.
         codes: Whether to return the codes.
-        transposed: Whether to return the transposed codes.
+        transposed: Whether to return the transposed codes, with granularity "tensor".
         scale_dtype: How the scales of groups are stored: ``torch.float32``, ``torch.bfloat16`` or ``torch.uint8`` for
             E8M0, which needs ``power_of_two``. The codes belong to the stored scale.
         dim: Along what several tensors are joined: 0 for rows (tokens), 1 for columns (one scale for a token of all).
@@ -236,7 +243,9 @@ def quantize(
         parts = tuple(part.reshape(-1, part.shape[-1]) for part in x)
     else:
         raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
-    _check_quantize(parts, dtype, granularity, group_size, power_of_two, scale, scale_dtype, dim, dither, amax)
+    _check_quantize(
+        parts, dtype, granularity, group_size, power_of_two, scale, transposed, scale_dtype, dim, dither, amax
+    )
     if isinstance(dither, bool):
         dither = next((part[-1] for part in reversed(parts) if part.numel()), None) if dither else None
     x_q, x_qt, x_s = _quantize(

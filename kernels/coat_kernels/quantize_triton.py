@@ -25,54 +25,95 @@ from .tiles_triton import (
     unpack_scale,
 )
 
+ROWS = ["rows0", "rows1", "rows2", "rows3"]
+TOGETHER = len(ROWS)  # matrices of a launch
 
-@triton.jit(do_not_specialize=["tokens"])
-def _amax_kernel(x_ptr, amax_ptr, tokens, width, stride, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+
+@triton.jit
+def _next_part(pid, x, rows, begin, first, next_x, next_rows, BLOCK_T: tl.constexpr):
+    behind = pid >= first + tl.cdiv(rows, BLOCK_T)
+    begin = tl.where(behind, begin + rows, begin)
+    first = tl.where(behind, first + tl.cdiv(rows, BLOCK_T), first)
+    return tl.where(behind, next_x, x), tl.where(behind, next_rows, rows), begin, first
+
+
+@triton.jit
+def _part_of(
+    pid, x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3,
+    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The matrix of program ``pid``, where up to four of one width stand below each other and each has its programs
+    for BLOCK_T rows: its address, its rows, the first of them in the whole, and the program's own rows t."""
+    x_ptr, rows, begin, first = x0_ptr, rows0, 0, 0
+    if PARTS > 1:
+        x_ptr, rows, begin, first = _next_part(pid, x_ptr, rows, begin, first, x1_ptr, rows1, BLOCK_T)
+    if PARTS > 2:
+        x_ptr, rows, begin, first = _next_part(pid, x_ptr, rows, begin, first, x2_ptr, rows2, BLOCK_T)
+    if PARTS > 3:
+        x_ptr, rows, begin, first = _next_part(pid, x_ptr, rows, begin, first, x3_ptr, rows3, BLOCK_T)
+    if PARTS > 1:
+        begin = tl.multiple_of(begin.to(tl.int64), ALIGNMENT)
+    return x_ptr, rows, begin, (pid - first).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+
+
+@triton.jit(do_not_specialize=ROWS)
+def _amax_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, amax_ptr, width, stride,
+    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Bits of the largest magnitude of x [T, H] into amax [1]. One program a tile; an integer maximum has no order."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    x_ptr, rows, _, t = _part_of(
+        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+    )
+    t = t[:, None]
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    x = tl.load(x_ptr + t * stride + h, mask=(t < tokens) & (h < width), other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + t * stride + h, mask=(t < rows) & (h < width), other=0.0).to(tl.float32)
     tl.atomic_max(amax_ptr, tl.max(magnitude_bits(x)), sem="relaxed")
 
 
 @triton.jit
-def _store_transposed(bits, qt_ptr, t, h, width, columns, stride):
-    """Write a tile of codes, as uint8, to [H, columns]: zeros behind the last token, as masked values are zero."""
-    address = h[:, None].to(tl.int64) * stride + t[None, :]
-    tl.store(qt_ptr + address, tl.trans(bits), mask=(h[:, None] < width) & (t[None, :] < columns))
+def _store_transposed(bits, qt_ptr, t, begin, h, width, rows, stride):
+    """Write a tile of codes, as uint8, to [H, stride] from column ``begin`` on: zeros behind the last token, as masked
+    values are zero."""
+    address = h[:, None].to(tl.int64) * stride + (begin + t)[None, :]
+    tl.store(qt_ptr + address, tl.trans(bits), mask=(h[:, None] < width) & (t[None, :] < rows))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=[*ROWS, "tokens"])
 def _quantize_tiles_kernel(
-    x_ptr, amax_ptr, s_ptr, q_ptr, qt_ptr, tokens, width, stride, columns, stride_qt,
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, amax_ptr, s_ptr, q_ptr, qt_ptr,
+    tokens, width, stride, stride_qt, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
     GRANULARITY: tl.constexpr, GROUP: tl.constexpr, GIVEN: tl.constexpr, EMAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, CODES: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Codes of one tile [BLOCK_T, BLOCK_H]. Scales are read (GIVEN), or found here: per group, or, in every program
-    anew, from the bits of the amax of the tensor. The transposed codes have ``columns`` columns: the tokens, and the
-    zeros behind the last of them."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    anew, from the bits of the amax of the tensor. Where codes are written transposed, the last matrix has more rows
+    than there are ``tokens``: the columns of zeros behind them."""
+    x_ptr, rows, begin, t = _part_of(
+        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+    )
+    token = begin + t
+    here = (t < rows) & (token < tokens)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    x = tl.load(
-        x_ptr + t[:, None] * stride + h[None, :], mask=(t[:, None] < tokens) & (h[None, :] < width), other=0.0
-    ).to(tl.float32)
+    inside = here[:, None] & (h[None, :] < width)
+    x = tl.load(x_ptr + t[:, None] * stride + h[None, :], mask=inside, other=0.0).to(tl.float32)
     if GRANULARITY == "group":
         GROUPS: tl.constexpr = BLOCK_H // GROUP
         x = tl.reshape(x, [BLOCK_T, GROUPS, GROUP])
         g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
         groups = tl.cdiv(width, GROUP)
-        where = t[:, None] * groups + g[None, :]
-        inside = (t[:, None] < tokens) & (g[None, :] < groups)
+        where = token[:, None] * groups + g[None, :]
+        known = here[:, None] & (g[None, :] < groups)
         if GIVEN:
-            stored = tl.load(s_ptr + where, mask=inside, other=1.0)
+            stored = tl.load(s_ptr + where, mask=known, other=1.0)
         else:
             s = scale_from_bits(tl.max(magnitude_bits(x), axis=2), EMAX, POWER_OF_TWO)
             stored = pack_scale(s, s_ptr.dtype.element_ty)
-            tl.store(s_ptr + where, stored, mask=inside)
+            tl.store(s_ptr + where, stored, mask=known)
         x = tl.reshape(x * tl.div_rn(1.0, unpack_scale(stored))[:, :, None], [BLOCK_T, BLOCK_H])
     elif GRANULARITY == "token":  # given
-        x *= tl.div_rn(1.0, tl.load(s_ptr + t, mask=t < tokens, other=1.0))[:, None]
+        x *= tl.div_rn(1.0, tl.load(s_ptr + token, mask=here, other=1.0))[:, None]
     else:
         if GIVEN:
             s = tl.load(s_ptr)
@@ -82,24 +123,26 @@ def _quantize_tiles_kernel(
         x *= tl.div_rn(1.0, s)
     bits = to_fp8_bits(x, EMAX) if TRANSPOSED else to_fp8(x, EMAX).to(tl.uint8, bitcast=True)
     if CODES:
-        address = t[:, None] * width + h[None, :]
-        tl.store(q_ptr + address, bits, mask=(t[:, None] < tokens) & (h[None, :] < width))
+        tl.store(q_ptr + token[:, None] * width + h[None, :], bits, mask=inside)
     if TRANSPOSED:
-        _store_transposed(bits, qt_ptr, t, h, width, columns, stride_qt)
+        _store_transposed(bits, qt_ptr, t, begin, h, width, rows // ALIGNMENT * ALIGNMENT, stride_qt)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=ROWS)
 def _quantize_tokens_kernel(
-    x_ptr, last_ptr, s_ptr, q_ptr, tokens, width, stride,
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, last_ptr, s_ptr, q_ptr, width, stride,
+    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
     EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, DITHER: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Scales and codes of BLOCK_T whole tokens. A row wider than a block is read twice, the second time from cache.
     With DITHER the scales are multiplied by the factor that the row at last_ptr gives."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    x_ptr, rows, begin, t = _part_of(
+        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+    )
     h = tl.arange(0, BLOCK_H)[None, :]
-    row, q_row = x_ptr + t[:, None] * stride, q_ptr + t[:, None] * width
-    here = t[:, None] < tokens
+    row, q_row = x_ptr + t[:, None] * stride, q_ptr + (begin + t)[:, None] * width
+    here = t[:, None] < rows
     if ONE_BLOCK:
         x = tl.load(row + h, mask=here & (h < width), other=0.0).to(tl.float32)
         amax = tl.max(magnitude_bits(x), axis=1)
@@ -109,7 +152,7 @@ def _quantize_tokens_kernel(
             x = tl.load(row + h0 + h, mask=here & (h0 + h < width), other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.max(magnitude_bits(x), axis=1))
     s = scale_from_bits(amax, EMAX, POWER_OF_TWO, dither_factor(last_ptr, width) if DITHER else 1.0)
-    tl.store(s_ptr + t, s, mask=t < tokens)
+    tl.store(s_ptr + begin + t, s, mask=t < rows)
     inverse = tl.div_rn(1.0, s)[:, None]
     if ONE_BLOCK:
         tl.store(q_row + h, to_fp8(x * inverse, EMAX), mask=here & (h < width))
@@ -237,21 +280,24 @@ def _dequantize_kernel(
     tl.store(y_ptr + address, to_float(y, y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=[*ROWS, "tokens"])
 def _transpose_kernel(
-    q_ptr, s_ptr, top_ptr, qt_ptr, tokens, width, columns, stride_qt,
+    q0_ptr, q1_ptr, q2_ptr, q3_ptr, rows0, rows1, rows2, rows3, s_ptr, top_ptr, qt_ptr, tokens, width, stride_qt,
+    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
     MOVE: tl.constexpr, EMAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile of codes, written transposed; with MOVE their scales [T] are replaced by the one at top_ptr. There are
-    ``columns`` to write: the tokens, and the zeros behind the last of them."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """One tile of codes, written transposed; with MOVE their scales [T] are replaced by the one at top_ptr. The last
+    matrix has more rows than there are ``tokens``: the columns of zeros behind them."""
+    q_ptr, rows, begin, t = _part_of(
+        tl.program_id(0), q0_ptr, q1_ptr, q2_ptr, q3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+    )
+    here = (t < rows) & (begin + t < tokens)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    address = t[:, None] * width + h[None, :]
-    bits = tl.load(q_ptr + address, mask=(t[:, None] < tokens) & (h[None, :] < width), other=0)
+    bits = tl.load(q_ptr + t[:, None] * width + h[None, :], mask=here[:, None] & (h[None, :] < width), other=0)
     if MOVE:
         # products of scales may have underflowed; a NaN scale makes all codes NaN
         top = tl.maximum(tl.load(top_ptr), 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
-        ratio = tl.div_rn(tl.load(s_ptr + t, mask=t < tokens, other=0.0), top)  # exact, for a power of two
+        ratio = tl.div_rn(tl.load(s_ptr + begin + t, mask=here, other=0.0), top)  # exact, for a power of two
         q = bits.to(tl.float8e4nv if EMAX == 8 else tl.float8e5, bitcast=True).to(tl.float32)
         if INTERPRETED:  # which decodes NaN codes to numbers
             q = tl.where((bits & 0x7F) > (0x7E if EMAX == 8 else 0x7C), float("nan"), q)
@@ -259,7 +305,7 @@ def _transpose_kernel(
         bits = to_fp8_bits(q, EMAX)
         if INTERPRETED:
             bits = tl.where(q == q, bits, 0x7F)
-    _store_transposed(bits, qt_ptr, t, h, width, columns, stride_qt)
+    _store_transposed(bits, qt_ptr, t, begin, h, width, rows // ALIGNMENT * ALIGNMENT, stride_qt)
 
 
 def ceil_div(n: int, block: int) -> int:
@@ -275,7 +321,7 @@ def next_power_of_2(n: int) -> int:
 def _tile(width: int, group_size: int, codes: bool, transposed: bool) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile, the fastest of a sweep on an H200, by which layouts it is written in."""
     if transposed:
-        block_t, block_h = 64, max(128 if codes else 64, group_size)
+        block_t, block_h = 64, 128 if codes else 64
         return block_t, block_h, block_t * block_h // 2048
     block_h = max(group_size, min(2048, next_power_of_2(width)))
     return max(1, 4096 // block_h), block_h, 4
@@ -287,17 +333,21 @@ def nothing(dtype: torch.dtype, device: torch.device, place: int = 0) -> torch.T
     return torch.empty(0, dtype=dtype, device=device)
 
 
-def _pieces(x, x_q, x_qt, x_s):
-    """Of each of several matrices, one below the other: itself and its codes, transposed codes, scales and columns."""
+def _together(x: list[torch.Tensor], block_t: int, columns: int | None = None):
+    """Matrices below each other, as many at a time as a launch takes: its first row, its programs for ``block_t`` rows
+    each, and what its kernel is told, by place and by name. With ``columns`` the last one has all rows up to there."""
     begin = 0
-    for i, part in enumerate(x):
-        end = begin + part.shape[0]
-        qt = x_qt
-        if x_qt.numel():  # the last one also writes the zeros behind it
-            qt = x_qt[:, begin : x_qt.shape[1] if i == len(x) - 1 else end]
-        s = x_s if x_s.shape[0] == 1 else x_s[begin:end]
-        yield part, x_q[begin:end], qt, s, qt.shape[-1]
-        begin = end
+    for i in range(0, len(x), TOGETHER):
+        parts = x[i : i + TOGETHER]
+        rows = [part.shape[0] for part in parts]
+        if columns is not None and i + TOGETHER >= len(x):
+            rows[-1] = columns - begin - sum(rows[:-1])
+        # Where a matrix begins in the whole; and where a row of transposed codes ends, or it is stored byte by byte.
+        none, aligned = TOGETHER - len(parts), all(n % 16 == 0 for n in (rows[:-1] if columns is None else rows))
+        places, names = (*parts, *[None] * none, *rows, *[0] * none), {"PARTS": len(parts), "BLOCK_T": block_t}
+        programs = sum(ceil_div(n, block_t) for n in rows)
+        yield begin, programs, places, names | {"ALIGNMENT": 16 if aligned else 1}
+        begin += sum(rows)
 
 
 def quantize(
@@ -310,57 +360,48 @@ def quantize(
     side_by_side = dim == 1 and len(x) > 1
     if side_by_side and (granularity != "token" or given or len(x) > 4):
         x, side_by_side = [torch.cat(x, 1)], False
-    x = [part if part.stride(1) == 1 else part.contiguous() for part in x]
-    # A tile of whole tokens is too flat to be written transposed: a second kernel does that with its codes.
-    after = transposed and granularity == "token" and not given
-    at_once = transposed and not after
-    keep = codes or after
-    x_q = torch.empty((tokens, width), dtype=dtype, device=device) if keep else nothing(dtype, device)
-    x_qt = nothing(dtype, device)
-    if at_once:
+    alone = len(x) == 1 or side_by_side  # rows of matrices below each other lie as far apart in all of them
+    x = [part if part.is_contiguous() or alone and part.stride(1) == 1 else part.contiguous() for part in x]
+    x_q = torch.empty((tokens, width), dtype=dtype, device=device) if codes else nothing(dtype, device)
+    x_qt = nothing(dtype, device, 1)
+    if transposed:
         x_qt = torch.empty((width, round_up(tokens, 16)), dtype=dtype, device=device)
     if given:
         x_s, new_s = scale.contiguous(), nothing(scale_dtype, device)
     else:
         shape = scale_shape(tokens, width, granularity, group_size)
         x_s = new_s = torch.empty(shape, dtype=scale_dtype, device=device)
-    pieces = [(x[0], x_q, x_qt, x_s, x_qt.shape[-1])] if len(x) == 1 else _pieces(x, x_q, x_qt, x_s)
     if tokens * width == 0:
         new_s.fill_(torch.finfo(torch.float32).smallest_normal)  # which is empty where scales are given or of groups
     elif side_by_side:
         _quantize_parts(x, x_q, x_s, power_of_two)
     elif granularity == "token" and not given:
         block_h = min(next_power_of_2(width), 16384)
-        block_t = max(1, 4096 // block_h)
         dither = None if dither is None else dither.contiguous()
-        for part, q, _, s, _ in pieces:
-            _quantize_tokens_kernel[(ceil_div(part.shape[0], block_t),)](
-                part, part if dither is None else dither, s, q, part.shape[0], width, part.stride(0),
+        for begin, programs, places, names in _together(x, max(1, 4096 // block_h)):
+            _quantize_tokens_kernel[(programs,)](
+                *places, x[0] if dither is None else dither, x_s[begin:], x_q[begin:], width, x[0].stride(0), **names,
                 EMAX=emax, POWER_OF_TWO=power_of_two, DITHER=dither is not None, ONE_BLOCK=width <= block_h,
-                BLOCK_T=block_t, BLOCK_H=block_h,
+                BLOCK_H=block_h,
             )  # fmt: skip
     else:
         if granularity == "tensor" and not given:
             if amax is None:
                 amax = torch.zeros(1, dtype=torch.int32, device=device)
-                block_t, block_h = 8, 1024
-                for part in x:
-                    _amax_kernel[(ceil_div(part.shape[0], block_t), ceil_div(width, block_h))](
-                        part, amax, part.shape[0], width, part.stride(0), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=8
+                for _, programs, places, names in _together(x, 8):
+                    _amax_kernel[(programs, ceil_div(width, 1024))](
+                        *places, amax, width, x[0].stride(0), **names, BLOCK_H=1024, num_warps=8
                     )
             amax = amax.view(torch.int32)
-        block_t, block_h, warps = _tile(width, group_size, keep, at_once)
-        for part, q, qt, s, columns in pieces:
-            rows = max(part.shape[0], columns)
-            _quantize_tiles_kernel[(ceil_div(rows, block_t), ceil_div(width, block_h))](
-                part, amax, s, q.view(torch.uint8), qt.view(torch.uint8), part.shape[0], width, part.stride(0),
-                columns, x_qt.shape[-1],
+        block_t, block_h, warps = _tile(width, group_size, codes, transposed)
+        for begin, programs, places, names in _together(x, block_t, x_qt.shape[1] if transposed else None):
+            _quantize_tiles_kernel[(programs, ceil_div(width, block_h))](
+                *places, amax, x_s if x_s.shape[0] == 1 else x_s[begin:], x_q[begin:].view(torch.uint8),
+                x_qt[..., begin:].view(torch.uint8), tokens - begin, width, x[0].stride(0), x_qt.shape[-1], **names,
                 GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
-                CODES=keep, TRANSPOSED=at_once, BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+                CODES=codes, TRANSPOSED=transposed, BLOCK_H=block_h, num_warps=warps,
             )  # fmt: skip
-    if after:
-        x_qt = _transpose_codes([x_q])
-    return x_q if codes else nothing(dtype, device, 1), x_qt, new_s
+    return x_q, x_qt, new_s
 
 
 def _quantize_parts(x, x_q, x_s, power_of_two):
@@ -420,30 +461,15 @@ def dequantize(x_q, x_s, group_size, dtype):
     return y
 
 
-def _transpose_codes(parts, x_s=None, top=None):
-    """Codes [T_i, H], one below the other, as [H, round_up(T, 16)]; with scales [T, 1], moved to the scale ``top`` on
-    the way."""
-    (tokens, width), dtype = joint_shape(parts, 0), parts[0].dtype
-    padded = round_up(tokens, 16)
-    x_qt = torch.empty(width, padded, dtype=dtype, device=parts[0].device)
-    block_t, block_h = (64, 128) if x_s is None else (128, 128)
-    begin = 0
-    for i, part in enumerate(parts):
-        rows = part.shape[0]
-        columns = padded - begin if i == len(parts) - 1 else rows  # the last one also writes the zeros behind it
-        if columns * width:
-            _transpose_kernel[(ceil_div(columns, block_t), ceil_div(width, block_h))](
-                part.view(torch.uint8), None if x_s is None else x_s[begin:], top, x_qt.view(torch.uint8)[:, begin:],
-                rows, width, columns, padded,
-                MOVE=x_s is not None, EMAX=MAX_EXPONENT[dtype], BLOCK_T=block_t, BLOCK_H=block_h,
-            )  # fmt: skip
-        begin += rows
-    return x_qt
-
-
 def transpose(x_q, x_s):
-    parts = [part.contiguous() for part in x_q]
-    if x_s is None:
-        return _transpose_codes(parts), nothing(torch.float32, parts[0].device)
-    top = x_s.amax(dim=(0, 1), keepdim=True)
-    return _transpose_codes(parts, x_s.contiguous(), top), top
+    (tokens, width), dtype, device = joint_shape(x_q, 0), x_q[0].dtype, x_q[0].device
+    top = None if x_s is None else x_s.amax(dim=(0, 1), keepdim=True)
+    x_qt = torch.empty(width, round_up(tokens, 16), dtype=dtype, device=device)
+    parts = [part.contiguous().view(torch.uint8) for part in x_q if part.numel()]
+    x_s = None if x_s is None else x_s.contiguous()
+    for begin, programs, places, names in _together(parts, 64 if x_s is None else 128, x_qt.shape[1]):
+        _transpose_kernel[(programs, ceil_div(width, 128))](
+            *places, None if x_s is None else x_s[begin:], top, x_qt[:, begin:].view(torch.uint8), tokens - begin,
+            width, x_qt.shape[1], **names, MOVE=x_s is not None, EMAX=MAX_EXPONENT[dtype], BLOCK_H=128,
+        )  # fmt: skip
+    return x_qt, nothing(torch.float32, device) if top is None else top

@@ -167,7 +167,8 @@ def test_gradients_are_made_in_the_buckets(results):
 
 def test_the_fused_loss_under_fsdp2(results):
     """The head in a unit of its own, as accelerate has it, tied or frozen or computing in BF16: the losses and weights
-    of one process, the unit told of the backward, the logits never computed; but where the weight is given back."""
+    of one process, the unit told of the backward, the logits never computed; but where the weight is given back: there
+    gradients are rounded otherwise, and codes of m may move, as in :func:`test_a_converted_model`."""
     alone, first = results("heads")
     second = results("heads", rank=1)[1]
     for name, run in first.items():
@@ -184,7 +185,12 @@ def test_the_fused_loss_under_fsdp2(results):
         if name == "bf16":
             assert run["losses"][:2] == pytest.approx(alone["tail"]["losses"][:2], rel=1e-3)
             continue
-        assert alone[name]["never"] and run["losses"] == pytest.approx(alone[name]["losses"], abs=1e-5), name
+        losses = alone[name]["losses"]
+        assert alone[name]["never"] and run["losses"][:2] == pytest.approx(losses[:2], abs=1e-5), name
+        if not deferred:
+            assert run["losses"] == pytest.approx(losses, rel=3e-3), name
+            continue
+        assert run["losses"] == pytest.approx(losses, abs=1e-5), name
         assert run["evaluated"][1] == pytest.approx(alone[name]["evaluated"][1], abs=1e-5), name
         assert (run["values"] - alone[name]["values"]).abs().max() < 1e-5, name
         for parameter, value in alone[name]["params"].items():

@@ -21,6 +21,11 @@ def twin(poisoned_memory):
     return pytest.importorskip("coat_kernels.quantize_triton", reason="Triton is not installed")
 
 
+def layouts(granularity):
+    """Codes, transposed codes, or both."""
+    return [(True, False), (False, True), (True, True)] if granularity == "tensor" else [(True, False)]
+
+
 def sample(tokens, width, dtype=torch.bfloat16, device="cpu"):
     """Values over many binades, as activations have them, with a few exact zeros."""
     generator = torch.Generator().manual_seed(tokens * 7919 + width)
@@ -34,7 +39,7 @@ def sample(tokens, width, dtype=torch.bfloat16, device="cpu"):
 @pytest.mark.parametrize(("shape", "granularity", "group"), CASES)
 def test_quantize_parity(twin, same_codes, device, shape, granularity, group, power_of_two, dtype):
     x = sample(*shape, torch.float32 if shape[0] % 2 else torch.bfloat16)
-    for codes, transposed in ((True, False), (False, True), (True, True)):
+    for codes, transposed in layouts(granularity):
         arguments = (dtype, granularity, group, power_of_two, None, codes, transposed, torch.float32, 0)
         expected = quantize_ref(x, *arguments)
         actual = twin.quantize([x.to(device)], *arguments)
@@ -48,8 +53,8 @@ def test_quantize_parity_given_scale_and_strided(twin, same_codes, device, granu
     wide = sample(40, 300)
     x = wide[::2, 4:260]  # a view with rows apart
     scale = quantize_ref(x, E4M3, granularity, group, True, None, True, False)[2] * 4
-    expected = quantize_ref(x, E4M3, granularity, group, True, scale, True, True)
-    rest = (True, True, torch.float32, 0)
+    rest = (True, granularity == "tensor", torch.float32, 0)
+    expected = quantize_ref(x, E4M3, granularity, group, True, scale, *rest)
     actual = twin.quantize([wide.to(device)[::2, 4:260]], E4M3, granularity, group, True, scale.to(device), *rest)
     same_codes(actual[0], expected[0])
     same_codes(actual[1], expected[1])
@@ -69,8 +74,8 @@ def test_group_scales_as_stored_parity(twin, same_codes, device, shape, group, s
     if shape[0] > 4:
         x[1], x[2, 0], x[3, 0], x[4] = 0.0, float("nan"), float("inf"), 1e-39
     options = (E4M3, "group", group, power_of_two)
-    expected = quantize_ref(x, *options, None, True, True, scale_dtype)
-    actual = twin.quantize([x.to(device)], *options, None, True, True, scale_dtype, 0)
+    expected = quantize_ref(x, *options, None, True, False, scale_dtype)
+    actual = twin.quantize([x.to(device)], *options, None, True, False, scale_dtype, 0)
     assert actual[2].dtype == scale_dtype
     assert torch.equal(actual[2].cpu().nan_to_num(7.0), expected[2].nan_to_num(7.0))
     broken = unpack_scale(expected[2]).isnan().repeat_interleave(group, 1)[:, : shape[1]]  # whose codes do not matter
@@ -79,7 +84,6 @@ def test_group_scales_as_stored_parity(twin, same_codes, device, shape, group, s
         return codes.cpu().view(torch.uint8).masked_fill(broken, 0).view(codes.dtype)
 
     same_codes(sound(actual[0]), sound(expected[0]))
-    assert torch.equal(actual[1][:, : shape[0]].view(torch.uint8), actual[0].view(torch.uint8).t())
     given = twin.quantize([x.to(device)], *options, actual[2], True, False, scale_dtype, 0)
     assert torch.equal(sound(given[0]).view(torch.uint8), sound(actual[0]).view(torch.uint8)), "stored scales count"
     values = twin.dequantize(actual[0], actual[2], group, torch.float32).cpu()
@@ -98,7 +102,7 @@ def test_rows_of_several_tensors(twin, same_codes, device, tokens, width, granul
     """Equal to the concatenation, with zeros behind the last part only, for every layout."""
     parts = [sample(n, width) * 2.0**i for i, n in enumerate(tokens)]
     scale = quantize_ref(parts, E4M3, granularity, group, True, None, True, False)[2] * 2 if given else None
-    for codes, transposed in ((True, False), (False, True), (True, True)):
+    for codes, transposed in layouts(granularity):
         rest = (codes, transposed, torch.float32, 0)
         expected = quantize_ref(torch.cat(parts), E4M3, granularity, group, True, scale, *rest)
         moved = scale if scale is None else scale.to(device)
@@ -180,7 +184,7 @@ def test_given_amax_changes_nothing(implementation, request, device, shape, dtyp
     for x in samples.values():
         x = x.to(device, dtype)
         amax = x.float().abs().amax() if x.numel() else torch.zeros((), device=device)
-        for codes, transposed in ((True, False), (False, True), (True, True)):
+        for codes, transposed in layouts("tensor"):
             rest = (E4M3, "tensor", 0, power_of_two, None, codes, transposed, torch.float32, 0)
             found.append(((x, *rest), amax, step(x if implementation == "reference" else [x], *rest)))
     if implementation == "twin":
@@ -225,7 +229,7 @@ def test_columns_of_several_tensors(twin, same_codes, device, tokens, widths, gr
     whole = [sample(tokens, n + 8 * i) for i, n in enumerate(widths)]
     parts = [x[:, 8 * i :] for i, x in enumerate(whole)]
     moved = [x.to(device)[:, 8 * i :] for i, x in enumerate(whole)]
-    for codes, transposed in ((True, False), (False, True), (True, True)):
+    for codes, transposed in layouts(granularity):
         arguments = (E4M3, granularity, group, power_of_two, None, codes, transposed, torch.float32, 1)
         expected = quantize_ref(torch.cat(parts, 1), *arguments)
         actual = twin.quantize(moved, *arguments)
@@ -247,12 +251,13 @@ def test_columns_wider_than_a_block(twin, same_codes, device):
 def test_several_tensors_in_public(device):
     """Tensors of any leading shape, one launch's worth or copied together, and one in a list as it is alone."""
     x = sample(24, 96, device=device)
-    alone = ck.quantize(x, transposed=True)
     columns = [part.view(2, 12, -1) for part in x.split((48, 16, 32), 1)]
-    for joined in (ck.quantize([x], transposed=True), ck.quantize(columns, dim=1, transposed=True)):
-        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(joined, alone, strict=True))
-    joined = ck.quantize(x.split(7), transposed=True)
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(joined, alone, strict=True))
+    for options in ({}, {"granularity": "tensor", "transposed": True}):
+        alone = [t for t in ck.quantize(x, **options) if t is not None]
+        for parts, dim in (([x], 0), (columns, 1), (x.split(7), 0), (x.split(3), 0)):
+            joined = [t for t in ck.quantize(parts, dim=dim, **options) if t is not None]
+            pairs = zip(joined, alone, strict=True)
+            assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -367,9 +372,8 @@ def test_special_groups(device):
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (37, 100), (64, 32), (0, 16)])
-@pytest.mark.parametrize(("granularity", "group"), RECIPES)
-def test_transposed_equals_transpose(device, shape, granularity, group):
-    x_q, x_qt, _ = ck.quantize(sample(*shape, device=device), E4M3, granularity, group_size=group, transposed=True)
+def test_transposed_equals_transpose(device, shape):
+    x_q, x_qt, _ = ck.quantize(sample(*shape, device=device), E4M3, "tensor", transposed=True)
     assert x_qt.shape == (shape[1], -(-shape[0] // 16) * 16)
     assert torch.equal(x_qt[:, : shape[0]].view(torch.uint8), x_q.view(torch.uint8).t())
     assert not x_qt[:, shape[0] :].view(torch.uint8).any()
@@ -418,7 +422,9 @@ def test_transpose_of_broken_and_of_vanished_scales(twin, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize("rows", [(32, 16, 16), (5, 130, 7), (40, 0, 3), (3, 0), (0, 0), (48, 144)])
+@pytest.mark.parametrize(
+    "rows", [(32, 16, 16), (5, 130, 7), (40, 0, 3), (3, 0), (0, 0), (48, 144), (16,) * 8, (3,) * 6]
+)
 def test_transpose_of_several_is_that_of_them_joined(twin, device, rows, dtype):
     x_q, _, x_s = quantize_ref(sample(sum(rows), 100), dtype, "token", 0, True, None, True, False)
     parts = [part.to(device) for part in x_q.split(rows)]
@@ -446,7 +452,8 @@ def test_registration(device, granularity, group):
     x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group)
     for parts, dim in (([x], 0), (list(x.split(9)), 0), (list(x.split(48, 1)), 1)):
         rest = (torch.float32, dim, None)
-        torch.library.opcheck(quantize, (parts, *arguments, None, True, True, *rest), test_utils=OPCHECKS)
+        layout = (True, granularity == "tensor")
+        torch.library.opcheck(quantize, (parts, *arguments, None, *layout, *rest), test_utils=OPCHECKS)
         torch.library.opcheck(quantize, (parts, *arguments, x_s, True, False, *rest), test_utils=OPCHECKS)
     for scale_dtype in SCALE_DTYPES if group else (torch.float32,):
         x_q, _, x_s = ck.quantize(x, E4M3, granularity, group_size=group, scale_dtype=scale_dtype)
@@ -479,6 +486,7 @@ def test_registration(device, granularity, group):
         (dict(granularity="group", group_size=16, scale=torch.ones(2, 1), scale_dtype=torch.uint8), "torch.uint8"),
         (dict(x=[]), "empty sequence"),
         (dict(dim=2), "dim is 2"),
+        (dict(transposed=True), "granularity 'token'; .* expected 'tensor', or transpose"),
         (dict(x=[torch.ones(2, 16), torch.ones(2, 8)]), r"\[2, 8\]"),
         (dict(x=[torch.ones(2, 16), torch.ones(3, 16)], dim=1), r"\[3, 16\]"),
         (dict(x=[torch.ones(2, 16), torch.ones(2, 16).bfloat16()]), "torch.bfloat16"),
