@@ -77,7 +77,7 @@ def _check_dither(name, dither, width):
 
 
 def _check_quantize(
-    parts, dtype, granularity, group_size, power_of_two, scale, transposed, scale_dtype, dim, dither, amax
+    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax
 ):
     first = parts[0]
     if first.dtype not in SOURCE_DTYPES:
@@ -91,6 +91,8 @@ def _check_quantize(
             f"quantize: group_size is {group_size} with granularity {granularity!r}; expected a power of two with "
             "'group', 0 otherwise"
         )
+    if not (codes or transposed):
+        raise ValueError("quantize: codes and transposed are both False, expected one of them at least")
     if transposed and granularity != Granularity.TENSOR:
         raise ValueError(
             f"quantize: transposed is True with granularity {granularity!r}; whoever uses transposed codes sums over "
@@ -209,15 +211,15 @@ def quantize(
 
     Args:
         x: BF16, FP32 or FP16 values [..., H]; the leading dimensions are flattened to T tokens. Of several tensors,
-            their concatenation along ``dim`` is quantized, in place where ``dim`` is 0, or 1 with up to four tensors
-            and a measured scale per token; else they are copied together first.
+            their concatenation along ``dim`` is quantized, without copying them together where ``dim`` is 0, or 1 with
+            up to four tensors and a measured scale per token.
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         granularity: What shares a scale: the tensor, a token, or ``group_size`` neighbours along H.
         group_size: Values per scale with granularity "group", a power of two; 0 otherwise.
         power_of_two: Round each scale up to a power of two.
         scale: Scales to use instead of measured ones, ``scale_dtype``, of the shape that ``granularity`` gives.
         codes: Whether to return the codes.
-        transposed: Whether to return the transposed codes, with granularity "tensor".
+        transposed: Whether to return the transposed codes, with granularity "tensor"; one of the two at least.
         scale_dtype: How the scales of groups are stored: ``torch.float32``, ``torch.bfloat16`` or ``torch.uint8`` for
             E8M0, which needs ``power_of_two``. The codes belong to the stored scale.
         dim: Along what several tensors are joined: 0 for rows (tokens), 1 for columns (one scale for a token of all).
@@ -244,7 +246,7 @@ def quantize(
     else:
         raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
     _check_quantize(
-        parts, dtype, granularity, group_size, power_of_two, scale, transposed, scale_dtype, dim, dither, amax
+        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax
     )
     if isinstance(dither, bool):
         dither = next((part[-1] for part in reversed(parts) if part.numel()), None) if dither else None

@@ -342,8 +342,8 @@ def _together(x: list[torch.Tensor], block_t: int, columns: int | None = None):
         rows = [part.shape[0] for part in parts]
         if columns is not None and i + TOGETHER >= len(x):
             rows[-1] = columns - begin - sum(rows[:-1])
-        # Where a matrix begins in the whole; and where a row of transposed codes ends, or it is stored byte by byte.
-        none, aligned = TOGETHER - len(parts), all(n % 16 == 0 for n in (rows[:-1] if columns is None else rows))
+        # Where their columns begin and end in transposed codes: else these are stored byte by byte.
+        none, aligned = TOGETHER - len(parts), columns is not None and all(n % 16 == 0 for n in rows)
         places, names = (*parts, *[None] * none, *rows, *[0] * none), {"PARTS": len(parts), "BLOCK_T": block_t}
         programs = sum(ceil_div(n, block_t) for n in rows)
         yield begin, programs, places, names | {"ALIGNMENT": 16 if aligned else 1}
@@ -362,6 +362,7 @@ def quantize(
         x, side_by_side = [torch.cat(x, 1)], False
     alone = len(x) == 1 or side_by_side  # rows of matrices below each other lie as far apart in all of them
     x = [part if part.is_contiguous() or alone and part.stride(1) == 1 else part.contiguous() for part in x]
+    stride = x[0].stride(0) if alone else width
     x_q = torch.empty((tokens, width), dtype=dtype, device=device) if codes else nothing(dtype, device)
     x_qt = nothing(dtype, device, 1)
     if transposed:
@@ -380,7 +381,7 @@ def quantize(
         dither = None if dither is None else dither.contiguous()
         for begin, programs, places, names in _together(x, max(1, 4096 // block_h)):
             _quantize_tokens_kernel[(programs,)](
-                *places, x[0] if dither is None else dither, x_s[begin:], x_q[begin:], width, x[0].stride(0), **names,
+                *places, x[0] if dither is None else dither, x_s[begin:], x_q[begin:], width, stride, **names,
                 EMAX=emax, POWER_OF_TWO=power_of_two, DITHER=dither is not None, ONE_BLOCK=width <= block_h,
                 BLOCK_H=block_h,
             )  # fmt: skip
@@ -390,14 +391,14 @@ def quantize(
                 amax = torch.zeros(1, dtype=torch.int32, device=device)
                 for _, programs, places, names in _together(x, 8):
                     _amax_kernel[(programs, ceil_div(width, 1024))](
-                        *places, amax, width, x[0].stride(0), **names, BLOCK_H=1024, num_warps=8
+                        *places, amax, width, stride, **names, BLOCK_H=1024, num_warps=8
                     )
             amax = amax.view(torch.int32)
         block_t, block_h, warps = _tile(width, group_size, codes, transposed)
         for begin, programs, places, names in _together(x, block_t, x_qt.shape[1] if transposed else None):
             _quantize_tiles_kernel[(programs, ceil_div(width, block_h))](
                 *places, amax, x_s if x_s.shape[0] == 1 else x_s[begin:], x_q[begin:].view(torch.uint8),
-                x_qt[..., begin:].view(torch.uint8), tokens - begin, width, x[0].stride(0), x_qt.shape[-1], **names,
+                x_qt[..., begin:].view(torch.uint8), tokens - begin, width, stride, x_qt.shape[-1], **names,
                 GRANULARITY=granularity, GROUP=group_size, GIVEN=given, EMAX=emax, POWER_OF_TWO=power_of_two,
                 CODES=codes, TRANSPOSED=transposed, BLOCK_H=block_h, num_warps=warps,
             )  # fmt: skip

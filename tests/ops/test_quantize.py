@@ -1,5 +1,7 @@
 """quantize, dequantize, transpose: the Triton twins against the references, and what must hold for any input."""
 
+import itertools
+
 import coat_kernels as ck
 import pytest
 import torch
@@ -110,6 +112,20 @@ def test_rows_of_several_tensors(twin, same_codes, device, tokens, width, granul
         assert torch.equal(actual[2].cpu(), expected[2])
         same_codes(actual[0], expected[0])
         same_codes(actual[1], expected[1])
+
+
+@pytest.mark.parametrize(("granularity", "group"), RECIPES)
+def test_rows_of_several_tensors_that_lie_anyhow(twin, same_codes, device, granularity, group):
+    """Parts whose rows lie apart, each by another stride, or run the other way; one row of a wider matrix."""
+    wholes = [sample(12, 300).to(device), sample(64, 40).to(device), sample(7, 64).to(device)]
+    for a, b, c in itertools.permutations((wholes[0][1:2, :64], wholes[0][::2, 4:68], wholes[1].t())):
+        parts = [a, b, wholes[2], c]
+        for codes, transposed in layouts(granularity):
+            rest = (E4M3, granularity, group, True, None, codes, transposed, torch.float32, 0)
+            expected, actual = quantize_ref([part.cpu() for part in parts], *rest), twin.quantize(parts, *rest)
+            assert torch.equal(actual[2].cpu(), expected[2])
+            same_codes(actual[0], expected[0])
+            same_codes(actual[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -486,6 +502,7 @@ def test_registration(device, granularity, group):
         (dict(granularity="group", group_size=16, scale=torch.ones(2, 1), scale_dtype=torch.uint8), "torch.uint8"),
         (dict(x=[]), "empty sequence"),
         (dict(dim=2), "dim is 2"),
+        (dict(codes=False), "codes and transposed are both False"),
         (dict(transposed=True), "granularity 'token'; .* expected 'tensor', or transpose"),
         (dict(x=[torch.ones(2, 16), torch.ones(2, 8)]), r"\[2, 8\]"),
         (dict(x=[torch.ones(2, 16), torch.ones(3, 16)], dim=1), r"\[3, 16\]"),
