@@ -26,7 +26,7 @@ from .tiles_triton import (
 )
 
 ROWS = ["rows0", "rows1", "rows2", "rows3"]
-TOGETHER = len(ROWS)  # matrices of a launch
+TOGETHER = len(ROWS)  # matrices of a launch that are its arguments; quantize_each has a table, which is copied first
 
 
 @triton.jit
