@@ -39,9 +39,8 @@ def _next_part(pid, x, rows, begin, first, next_x, next_rows, BLOCK_T: tl.conste
 
 @triton.jit
 def _part_of(
-    pid, x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3,
-    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    pid, x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """The matrix of program ``pid``, where up to four of one width stand below each other and each has its programs
     for BLOCK_T rows: its address, its rows, the first of them in the whole, and the program's own rows t."""
     x_ptr, rows, begin, first = x0_ptr, rows0, 0, 0
@@ -52,18 +51,18 @@ def _part_of(
     if PARTS > 3:
         x_ptr, rows, begin, first = _next_part(pid, x_ptr, rows, begin, first, x3_ptr, rows3, BLOCK_T)
     if PARTS > 1:
-        begin = tl.multiple_of(begin.to(tl.int64), ALIGNMENT)
+        begin = begin.to(tl.int64)
     return x_ptr, rows, begin, (pid - first).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
 
 
 @triton.jit(do_not_specialize=ROWS)
 def _amax_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, amax_ptr, width, stride,
-    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Bits of the largest magnitude of x [T, H] into amax [1]. One program a tile; an integer maximum has no order."""
     x_ptr, rows, _, t = _part_of(
-        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, BLOCK_T
     )
     t = t[:, None]
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
@@ -72,9 +71,10 @@ def _amax_kernel(
 
 
 @triton.jit
-def _store_transposed(bits, qt_ptr, t, begin, h, width, rows, stride):
+def _store_transposed(bits, qt_ptr, t, begin, h, width, rows, stride, ALIGNMENT: tl.constexpr):
     """Write a tile of codes, as uint8, to [H, stride] from column ``begin`` on: zeros behind the last token, as masked
-    values are zero."""
+    values are zero. ALIGNMENT divides ``begin`` and ``rows``, so that the compiler may store as much at once."""
+    begin, rows = begin // ALIGNMENT * ALIGNMENT, rows // ALIGNMENT * ALIGNMENT
     address = h[:, None].to(tl.int64) * stride + (begin + t)[None, :]
     tl.store(qt_ptr + address, tl.trans(bits), mask=(h[:, None] < width) & (t[None, :] < rows))
 
@@ -82,16 +82,16 @@ def _store_transposed(bits, qt_ptr, t, begin, h, width, rows, stride):
 @triton.jit(do_not_specialize=[*ROWS, "tokens"])
 def _quantize_tiles_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, amax_ptr, s_ptr, q_ptr, qt_ptr,
-    tokens, width, stride, stride_qt, PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    tokens, width, stride, stride_qt, PARTS: tl.constexpr,
     GRANULARITY: tl.constexpr, GROUP: tl.constexpr, GIVEN: tl.constexpr, EMAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, CODES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, ALIGNMENT: tl.constexpr = 1,
 ):  # fmt: skip
     """Codes of one tile [BLOCK_T, BLOCK_H]. Scales are read (GIVEN), or found here: per group, or, in every program
     anew, from the bits of the amax of the tensor. Where codes are written transposed, the last matrix has more rows
     than there are ``tokens``: the columns of zeros behind them."""
     x_ptr, rows, begin, t = _part_of(
-        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, BLOCK_T
     )
     token = begin + t
     here = (t < rows) & (token < tokens)
@@ -125,20 +125,19 @@ def _quantize_tiles_kernel(
     if CODES:
         tl.store(q_ptr + token[:, None] * width + h[None, :], bits, mask=inside)
     if TRANSPOSED:
-        _store_transposed(bits, qt_ptr, t, begin, h, width, rows // ALIGNMENT * ALIGNMENT, stride_qt)
+        _store_transposed(bits, qt_ptr, t, begin, h, width, rows, stride_qt, ALIGNMENT)
 
 
 @triton.jit(do_not_specialize=ROWS)
 def _quantize_tokens_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, last_ptr, s_ptr, q_ptr, width, stride,
-    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, DITHER: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, DITHER: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Scales and codes of BLOCK_T whole tokens. A row wider than a block is read twice, the second time from cache.
     With DITHER the scales are multiplied by the factor that the row at last_ptr gives."""
     x_ptr, rows, begin, t = _part_of(
-        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+        tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, BLOCK_T
     )
     h = tl.arange(0, BLOCK_H)[None, :]
     row, q_row = x_ptr + t[:, None] * stride, q_ptr + (begin + t)[:, None] * width
@@ -283,13 +282,13 @@ def _dequantize_kernel(
 @triton.jit(do_not_specialize=[*ROWS, "tokens"])
 def _transpose_kernel(
     q0_ptr, q1_ptr, q2_ptr, q3_ptr, rows0, rows1, rows2, rows3, s_ptr, top_ptr, qt_ptr, tokens, width, stride_qt,
-    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    MOVE: tl.constexpr, EMAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr, ALIGNMENT: tl.constexpr, MOVE: tl.constexpr, EMAX: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One tile of codes, written transposed; with MOVE their scales [T] are replaced by the one at top_ptr. The last
     matrix has more rows than there are ``tokens``: the columns of zeros behind them."""
     q_ptr, rows, begin, t = _part_of(
-        tl.program_id(0), q0_ptr, q1_ptr, q2_ptr, q3_ptr, rows0, rows1, rows2, rows3, PARTS, ALIGNMENT, BLOCK_T
+        tl.program_id(0), q0_ptr, q1_ptr, q2_ptr, q3_ptr, rows0, rows1, rows2, rows3, PARTS, BLOCK_T
     )
     here = (t < rows) & (begin + t < tokens)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -305,7 +304,7 @@ def _transpose_kernel(
         bits = to_fp8_bits(q, EMAX)
         if INTERPRETED:
             bits = tl.where(q == q, bits, 0x7F)
-    _store_transposed(bits, qt_ptr, t, begin, h, width, rows // ALIGNMENT * ALIGNMENT, stride_qt)
+    _store_transposed(bits, qt_ptr, t, begin, h, width, rows, stride_qt, ALIGNMENT)
 
 
 def ceil_div(n: int, block: int) -> int:
@@ -342,11 +341,11 @@ def _together(x: list[torch.Tensor], block_t: int, columns: int | None = None):
         rows = [part.shape[0] for part in parts]
         if columns is not None and i + TOGETHER >= len(x):
             rows[-1] = columns - begin - sum(rows[:-1])
-        # Where their columns begin and end in transposed codes: else these are stored byte by byte.
-        none, aligned = TOGETHER - len(parts), columns is not None and all(n % 16 == 0 for n in rows)
-        places, names = (*parts, *[None] * none, *rows, *[0] * none), {"PARTS": len(parts), "BLOCK_T": block_t}
+        none, names = TOGETHER - len(parts), {"PARTS": len(parts), "BLOCK_T": block_t}
+        if columns is not None:
+            names["ALIGNMENT"] = 1 if any(n % 16 for n in rows) else 16
         programs = sum(ceil_div(n, block_t) for n in rows)
-        yield begin, programs, places, names | {"ALIGNMENT": 16 if aligned else 1}
+        yield begin, programs, (*parts, *[None] * none, *rows, *[0] * none), names
         begin += sum(rows)
 
 
