@@ -56,7 +56,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_prediction_equals_measurement(recipe, dtype, checkpointing):
     if recipe == "lean" and loss.library("cpu") is None:
-        pytest.skip(f"needs {loss.REMEDY}")
+        pytest.skip("the loss of CPU tensors needs torch 2.13 or newer")
     model = llama(dtype)
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)

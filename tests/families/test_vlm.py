@@ -28,7 +28,9 @@ _spec = importlib.util.spec_from_file_location("families", Path(__file__).with_n
 families = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(families)
 
-needs_library = pytest.mark.skipif(loss.library("cpu") is None, reason=f"needs {loss.REMEDY}")
+needs_library = pytest.mark.skipif(
+    loss.library("cpu") is None, reason="the loss of CPU tensors needs torch 2.13 or newer"
+)
 IMAGE = 120  # the id of image tokens
 ANSWER = 5  # tokens at the end of a sequence that have labels
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
