@@ -1,11 +1,13 @@
 """Pretrain a Llama of 107 M parameters on 105 M tokens of real text several times, on the same data in the same order:
 BF16 against COAT.
 
-    python benchmarks/pretrain_runs.py [RUN ...] [--steps N] [--per_gpu 3] [--max_seconds 570] [--json FILE] [...]
+    python benchmarks/pretrain_runs.py [RUN ...] [--steps N] [--branch_at N] [--per_gpu 3] [--max_seconds 570]
+                                       [--json FILE] [...]
 
 A run is a process of ``examples/pretrain.py``, which is given every option that is not known here. ``per_gpu`` runs at
 a time share a GPU, the others wait. A RUN is VARIANT or VARIANT:SEED, where the seed chooses the initial weights and
-the order of the data; the others are compared with the first one. Variants:
+the order of the data. A run is compared with the first one of its seed, and a first one with the first of all.
+Variants:
 
     bf16                      torch's fused AdamW; FP32 weights (as in all but the last four) and BF16 autocast
     bf16-compiled             the same with torch.compile
@@ -20,20 +22,27 @@ the order of the data; the others are compared with the first one. Variants:
 When ``--max_seconds`` are nearly over, runs stop where they are and are evaluated, and the table says so. A second
 call with the same FILE and settings adds its runs to those in FILE. Runs that share a GPU slow each other down:
 compare their losses, not their speeds.
+
+Trainings from scratch end some 0.005 nats apart by chance alone: the least difference in their first few hundred steps
+is what decides when the loss falls fastest. ``--branch_at N`` takes that out: the first run of a seed, which must
+have torch's AdamW, leaves a checkpoint after N steps, and the others of that seed go on from there, each with its own
+arithmetic, its moments converted where COAT keeps them.
 """
 
 import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import combinations
 from pathlib import Path
 from queue import SimpleQueue
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 from coat_kernels.states import Weights
@@ -41,6 +50,7 @@ from environment import environment
 
 import hf_coat
 from hf_coat.config import PRESETS
+from hf_coat.optim import from_adamw_state_dict
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
 RUNS = ["bf16", "lean", "paper", "bf16:1", "optimizer"]
@@ -80,8 +90,36 @@ def parse_run(run: str) -> tuple[str, int, list[str]]:
     return name, int(seed or 0), ["--coat", recipe] if recipe else VARIANTS[name]
 
 
-def train(run: str, gpu: str | None, stop_at: float, options: argparse.Namespace, extra: list[str]) -> dict:
-    """Carry out one run in a process of its own; returns its record, or what went wrong."""
+def recipe_of(run: str) -> hf_coat.HfCoatConfig | None:
+    """What COAT does in this run, if anything."""
+    arguments = parse_run(run)[2]
+    return hf_coat.HfCoatConfig.resolve(arguments[arguments.index("--coat") + 1]) if "--coat" in arguments else None
+
+
+def checkpoint_of(run: str, options: argparse.Namespace) -> Path:
+    """Where a run that others branch off leaves its weights and states."""
+    name, seed, _ = parse_run(run)
+    return options.folder / f"{name}-{seed}" / f"checkpoint-{options.branch_at}"
+
+
+def branch(base: str, run: str, options: argparse.Namespace) -> list[str]:
+    """The arguments with which ``run`` goes on from the checkpoint of ``base``, as its own optimizer reads it."""
+    name, seed, _ = parse_run(run)
+    recipe = recipe_of(run)
+    checkpoint = options.folder / f"{name}-{seed}" / "start" / f"checkpoint-{options.branch_at}"
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    shutil.copytree(checkpoint_of(base, options), checkpoint)
+    if recipe is not None and recipe.optimizer is not None:
+        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        torch.save(from_adamw_state_dict(states, **recipe.optimizer.settings), checkpoint / "optimizer.pt")
+    return ["--resume_from_checkpoint", str(checkpoint)]
+
+
+def train(
+    run: str, base: str | None, gpu: str | None, stop_at: float, options: argparse.Namespace, extra: list[str]
+) -> dict:
+    """Carry out one run in a process of its own, from scratch or from where ``base`` was; returns its record, or what
+    went wrong."""
     name, seed, arguments = parse_run(run)
     folder = options.folder / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +130,13 @@ def train(run: str, gpu: str | None, stop_at: float, options: argparse.Namespace
         return row | {"failed": "not started: too little time was left"}
     arguments = ["--seed", str(seed), "--output_dir", folder, "--disable_tqdm", "true", *arguments, *extra]
     arguments += ["--corpus", options.folder / "corpus", "--max_seconds", str(left)]
+    if options.branch_at is not None:
+        arguments += ["--save_strategy", "steps", "--save_steps", str(options.branch_at)]
+    if base is not None:
+        row["branched_at"] = options.branch_at
+        if not checkpoint_of(base, options).exists():
+            return row | {"failed": f"not started: {base} left no checkpoint after {options.branch_at} steps"}
+        arguments += branch(base, run, options)
     environ = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen([sys.executable, EXAMPLE, *arguments], env=environ, stdout=log, stderr=log)
@@ -137,12 +182,18 @@ def train_loss_gap(row: dict, base: dict) -> float:
     return mean(row["train_loss"][step] - base["train_loss"][step] for step in steps) if steps else float("nan")
 
 
+def compared_with(row: dict, rows: list[dict]) -> dict:
+    """The first run of the same seed, or of all where it is that one itself."""
+    first = next(other for other in rows if other["seed"] == row["seed"])
+    return rows[0] if first is row else first
+
+
 def table(rows: list[dict], planned_steps: int) -> str:
-    """Held-out losses, and the gaps to the first run in nats where both took as many steps."""
+    """Held-out losses, the gaps in nats where both runs took as many steps, and what several seeds say together."""
     heads = ["run", "steps", "as trained", "gap", "plain BF16", "gap", "training gap", "tokens/s", "peak GiB"]
     lines = [f"{heads[0]:<24}" + "".join(f"{head:>13}" for head in heads[1:])]
-    base = rows[0]
     for row in rows:
+        base = compared_with(row, rows)
         other, unequal = row is not base, row["steps"] != base["steps"]
         cells = [str(row["steps"])]
         for key in ("held_out_loss", "held_out_loss_bf16"):
@@ -153,13 +204,25 @@ def table(rows: list[dict], planned_steps: int) -> str:
         notes = []
         if row["steps"] < planned_steps:
             notes.append(f"stopped before step {planned_steps}")
-        if row["seed"] == base["seed"] and not unequal and row["data_sha256"] != base["data_sha256"]:
+        alike = [r for r in rows if all(r.get(key) == row.get(key) for key in ("seed", "steps", "branched_at"))]
+        if row["data_sha256"] != alike[0]["data_sha256"]:
             notes.append("NOT THE SAME DATA")
         lines.append(f"{label(row):<24}" + "".join(f"{cell:>13}" for cell in cells) + "  ".join(["", *notes]))
-    for name in dict.fromkeys(row["name"] for row in rows):
-        losses = [row["held_out_loss"] for row in rows if row["name"] == name and row["steps"] == planned_steps]
-        if len(losses) > 1:
-            lines.append(f"spread of the {len(losses)} seeds of {name}: {max(losses) - min(losses):.4f}")
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["steps"] == planned_steps:
+            losses.setdefault(row["name"], {})[row["seed"]] = row["held_out_loss"]
+    for name, by_seed in losses.items():
+        if len(by_seed) > 1:
+            spread = max(by_seed.values()) - min(by_seed.values())
+            lines.append(f"spread of the {len(by_seed)} seeds of {name}: {spread:.4f}")
+    for (other, before), (name, after) in combinations(losses.items(), 2):
+        gaps = [after[seed] - before[seed] for seed in before.keys() & after.keys()]
+        if len(gaps) > 1:
+            error = stdev(gaps) / math.sqrt(len(gaps))
+            lines.append(
+                f"{name} less {other}, {len(gaps)} seeds: {mean(gaps):+.4f} in the mean, standard error {error:.4f}"
+            )
     return "\n".join(lines)
 
 
@@ -188,6 +251,7 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", default=RUNS)
     parser.add_argument("--steps", type=int, help="optimizer steps; by default those of the example")
+    parser.add_argument("--branch_at", type=int, help="steps after which the runs of a seed part")
     parser.add_argument("--per_gpu", type=int, default=3, help="runs that share a GPU")
     parser.add_argument("--max_seconds", type=float, default=math.inf, help="for everything together")
     parser.add_argument("--json", type=Path, help="write the figures here, and keep those that are there")
@@ -198,6 +262,16 @@ def main() -> None:
         extra += ["--max_steps", str(options.steps)]
     where = environment("accelerate", "tokenizers")
     commit = where.pop("commit")
+    bases: dict[int, str] = {}  # of each seed
+    if options.branch_at is not None:
+        where["branch_at"] = options.branch_at
+        for run, (_, seed) in zip(options.runs, order, strict=True):
+            bases.setdefault(seed, run)
+        for run in bases.values():
+            if (recipe := recipe_of(run)) is not None and recipe.optimizer is not None:
+                raise SystemExit(
+                    f"{run!r} comes first of its seed and has COAT's optimizer: others branch off torch's"
+                )
 
     corpus = ["--corpus", options.folder / "corpus", "--corpus_only", "true", "--output_dir", options.folder]
     subprocess.run([sys.executable, EXAMPLE, *corpus, *extra], check=True)
@@ -207,16 +281,23 @@ def main() -> None:
     for gpu in gpus() * options.per_gpu or [None]:
         free.put(gpu)
 
-    def on_a_gpu(run: str) -> dict:
+    def on_a_gpu(run: str, base: str | None = None) -> dict:
+        if base is not None:
+            futures[base].result()
         gpu = free.get()
         try:
-            return train(run, gpu, started + options.max_seconds - EVALUATION_SECONDS, options, extra)
+            return train(run, base, gpu, started + options.max_seconds - EVALUATION_SECONDS, options, extra)
         finally:
             free.put(gpu)
 
-    settings, rows, failed = None, {}, []
+    settings, rows, failed, futures = None, {}, [], {}
     with ThreadPoolExecutor(free.qsize()) as pool:
-        for done in as_completed([pool.submit(on_a_gpu, run) for run in options.runs]):
+        for run in bases.values():  # before those that wait for them
+            futures[run] = pool.submit(on_a_gpu, run)
+        for run, (_, seed) in zip(options.runs, order, strict=True):
+            if run not in futures:
+                futures[run] = pool.submit(on_a_gpu, run, bases.get(seed))
+        for done in as_completed(futures.values()):
             row = done.result()
             after = f"after {time.monotonic() - started:.0f} s"
             if "failed" in row:

@@ -164,6 +164,31 @@ def test_runs(scripts, folder, tmp_path, monkeypatch, capfd):
     assert ["lean:1", "8", f"{row['held_out_loss']:.4f}"] in printed
 
 
+def test_branches(scripts, folder, tmp_path, monkeypatch, capfd):
+    """Runs go on from the first one's weights and states, on the same rows; which need torch's AdamW."""
+    options = ["--tiny", "--text", str(folder), "--folder", str(tmp_path), "--json", str(tmp_path / "runs.json")]
+    options += ["--steps", "8", "--branch_at", "5", "--logging_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_runs.py", "bf16", "paper", "lean-model", *options])
+    scripts.runs.main()
+    result = json.loads((tmp_path / "runs.json").read_text())
+    base, *branches = result["rows"]
+    assert result["branch_at"] == 5
+    assert [row.get("branched_at") for row in result["rows"]] == [None, 5, 5]
+    assert branches[0]["data_sha256"] == branches[1]["data_sha256"] != base["data_sha256"], "three steps of eight"
+    start = [base["train_loss"][str(step)] for step in range(1, 6)]
+    fall = start[0] - start[-1]
+    for row in branches:
+        losses = [row["train_loss"][str(step)] for step in range(1, 9)]
+        assert losses[:5] == start
+        assert losses[5] == pytest.approx(base["train_loss"]["6"], abs=fall / 50), "the same weights and rows"
+        assert losses[7] == pytest.approx(base["train_loss"]["8"], abs=fall / 20), "the same moments"
+        assert losses[5:] != [base["train_loss"][str(step)] for step in range(6, 9)], "in FP8"
+    assert "NOT THE SAME DATA" not in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["pretrain_runs.py", "lean", "paper", *options])
+    with pytest.raises(SystemExit, match="'lean' comes first of its seed and has COAT's optimizer"):
+        scripts.runs.main()
+
+
 def test_table(scripts):
     """Gaps stand only where they mean something, and what went wrong is said."""
     losses = {"held_out_loss": 2.5, "held_out_loss_bf16": 2.6, "tokens_per_second": 1e5, "peak_bytes": 2**31}
@@ -185,6 +210,10 @@ def test_table(scripts):
     assert seed[:4] == ["bf16:1", "40", "2.5300", "+0.0300"]
     assert "NOT" not in lines[4], "another seed has other data"
     assert spread == "spread of the 2 seeds of bf16: 0.0300"
+    rows += [{**base, "name": "lean", "seed": 1, "data_sha256": "c", "held_out_loss": 2.56}]
+    *_, gap, spread, _, pairs = scripts.runs.table(rows, planned_steps=40).splitlines()
+    assert gap.split()[:4] == ["lean:1", "40", "2.5600", "+0.0300"], "to the first run of its seed"
+    assert pairs == "lean less bf16, 2 seeds: +0.0200 in the mean, standard error 0.0100"
 
 
 def test_names_of_runs(scripts):
