@@ -23,10 +23,10 @@ When ``--max_seconds`` are nearly over, runs stop where they are and are evaluat
 call with the same FILE and settings adds its runs to those in FILE. Runs that share a GPU slow each other down:
 compare their losses, not their speeds.
 
-Trainings from scratch end some 0.005 nats apart by chance alone: the least difference in their first few hundred steps
-is what decides when the loss falls fastest. ``--branch_at N`` takes that out: the first run of a seed, which must
-have torch's AdamW, leaves a checkpoint after N steps, and the others of that seed go on from there, each with its own
-arithmetic, its moments converted where COAT keeps them.
+Trainings from scratch end some 0.005 nats apart by chance: a difference in the last bit moves the step, one of the
+first few hundred, at which the loss falls fastest. ``--branch_at N`` takes that out: the first run of a seed, which
+must have torch's AdamW, leaves a checkpoint after N steps, and the others of that seed go on from there, each with its
+own arithmetic, its moments converted where COAT keeps them.
 """
 
 import argparse
