@@ -96,17 +96,20 @@ def recipe_of(run: str) -> hf_coat.HfCoatConfig | None:
     return hf_coat.HfCoatConfig.resolve(arguments[arguments.index("--coat") + 1]) if "--coat" in arguments else None
 
 
+def folder_of(run: str, options: argparse.Namespace) -> Path:
+    """Where a run keeps what it writes."""
+    name, seed, _ = parse_run(run)
+    return options.folder / f"{name}-{seed}"
+
+
 def checkpoint_of(run: str, options: argparse.Namespace) -> Path:
     """Where a run that others branch off leaves its weights and states."""
-    name, seed, _ = parse_run(run)
-    return options.folder / f"{name}-{seed}" / f"checkpoint-{options.branch_at}"
+    return folder_of(run, options) / f"checkpoint-{options.branch_at}"
 
 
 def branch(base: str, run: str, options: argparse.Namespace) -> list[str]:
     """The arguments with which ``run`` goes on from the checkpoint of ``base``, as its own optimizer reads it."""
-    name, seed, _ = parse_run(run)
-    recipe = recipe_of(run)
-    checkpoint = options.folder / f"{name}-{seed}" / "start" / f"checkpoint-{options.branch_at}"
+    recipe, checkpoint = recipe_of(run), folder_of(run, options) / "start" / checkpoint_of(base, options).name
     shutil.rmtree(checkpoint, ignore_errors=True)
     shutil.copytree(checkpoint_of(base, options), checkpoint)
     if recipe is not None and recipe.optimizer is not None:
@@ -121,9 +124,10 @@ def train(
     """Carry out one run in a process of its own, from scratch or from where ``base`` was; returns its record, or what
     went wrong."""
     name, seed, arguments = parse_run(run)
-    folder = options.folder / f"{name}-{seed}"
+    folder = folder_of(run, options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint_of(run, options), ignore_errors=True)  # of an earlier call: nobody is to branch off that
     row = {"name": name, "seed": seed}
     left = stop_at - time.monotonic()
     if left < EVALUATION_SECONDS:
@@ -292,11 +296,9 @@ def main() -> None:
 
     settings, rows, failed, futures = None, {}, [], {}
     with ThreadPoolExecutor(free.qsize()) as pool:
-        for run in bases.values():  # before those that wait for them
-            futures[run] = pool.submit(on_a_gpu, run)
-        for run, (_, seed) in zip(options.runs, order, strict=True):
-            if run not in futures:
-                futures[run] = pool.submit(on_a_gpu, run, bases.get(seed))
+        for run in dict.fromkeys([*bases.values(), *options.runs]):  # bases before those that wait for them
+            base = bases.get(parse_run(run)[1])
+            futures[run] = pool.submit(on_a_gpu, run, None if base == run else base)
         for done in as_completed(futures.values()):
             row = done.result()
             after = f"after {time.monotonic() - started:.0f} s"

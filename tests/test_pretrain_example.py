@@ -184,6 +184,11 @@ def test_branches(scripts, folder, tmp_path, monkeypatch, capfd):
         assert losses[7] == pytest.approx(base["train_loss"]["8"], abs=fall / 20), "the same moments"
         assert losses[5:] != [base["train_loss"][str(step)] for step in range(6, 9)], "in FP8"
     assert "NOT THE SAME DATA" not in capfd.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["pretrain_runs.py", "bf16", "lean-model", *options, "--max_seconds", "75"])
+    assert (tmp_path / "bf16-0" / "checkpoint-5").exists()
+    with pytest.raises(SystemExit, match="failed: "):  # there is no time to start any
+        scripts.runs.main()
+    assert not (tmp_path / "bf16-0" / "checkpoint-5").exists(), "nobody branches off an earlier call's"
     monkeypatch.setattr(sys, "argv", ["pretrain_runs.py", "lean", "paper", *options])
     with pytest.raises(SystemExit, match="'lean' comes first of its seed and has COAT's optimizer"):
         scripts.runs.main()
