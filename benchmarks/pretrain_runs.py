@@ -109,12 +109,14 @@ def checkpoint_of(run: str, options: argparse.Namespace) -> Path:
 
 def branch(base: str, run: str, options: argparse.Namespace) -> list[str]:
     """The arguments with which ``run`` goes on from the checkpoint of ``base``, as its own optimizer reads it."""
-    recipe, checkpoint = recipe_of(run), folder_of(run, options) / "start" / checkpoint_of(base, options).name
+    recipe, start, states = recipe_of(run), checkpoint_of(base, options), "optimizer.pt"
+    converted = recipe is not None and recipe.optimizer is not None
+    checkpoint = folder_of(run, options) / "start" / start.name
     shutil.rmtree(checkpoint, ignore_errors=True)
-    shutil.copytree(checkpoint_of(base, options), checkpoint)
-    if recipe is not None and recipe.optimizer is not None:
-        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        torch.save(from_adamw_state_dict(states, **recipe.optimizer.settings), checkpoint / "optimizer.pt")
+    shutil.copytree(start, checkpoint, ignore=shutil.ignore_patterns(states) if converted else None)
+    if converted:
+        moments = torch.load(start / states, map_location="cpu", weights_only=True)
+        torch.save(from_adamw_state_dict(moments, **recipe.optimizer.settings), checkpoint / states)
     return ["--resume_from_checkpoint", str(checkpoint)]
 
 
