@@ -113,7 +113,7 @@ def main() -> None:
             print(json.dumps({key: value for key, value in rows[-1].items() if key != "report"}), flush=True)
     for values, codes in zip(rows[::2], rows[1::2], strict=True):
         worst = max(abs(a - b) / a for a, b in zip(values["losses"], codes["losses"], strict=True))
-        if worst > 0.02:  # of the same weights, rounded on another grid
+        if worst > 0.02:
             sys.exit(f"{codes['peer']}: losses {codes['losses']} are not those of gathered values, {values['losses']}")
     if dist.get_rank() == 0 and options.json:
         options.json.write_text(json.dumps({"world_size": dist.get_world_size(), "rows": rows}, indent=1))

@@ -16,7 +16,7 @@ class GatheredWeight(torch.Tensor):
 
     Args:
         bits: E4M3 codes as uint8 [N, K].
-        scale: Their scales, float32 [N, 1], whose ratios are powers of two.
+        scale: Their scales, float32 [N, 1], powers of two.
         dtype: Of the weight, BF16 or FP32.
     """
 

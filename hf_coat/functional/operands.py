@@ -265,13 +265,10 @@ def _quantize_weights(weights, granularity, power_of_two, cache) -> tuple[torch.
     """Codes [N, K] and scales [N, 1] or [1, 1] of weights [N_i, K], one below the other."""
     found = None if cache is None else cache.find(weights)
     if found is None:
-        trained, amax = any(w.requires_grad for w in weights), None
-        dither = granularity == Granularity.TOKEN and power_of_two and trained
-        if granularity == Granularity.TENSOR and trained and cache is not None and len(weights) == 1:
+        amax = None
+        if granularity == Granularity.TENSOR and cache is not None and len(weights) == 1 and weights[0].requires_grad:
             amax = ask_amax(weights[0])  # not without gradients: averages are swapped in and out through .data there
-        codes, _, scale = quantize(
-            _one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, dither=dither, amax=amax
-        )
+        codes, _, scale = quantize(_one_or_all(weights), E4M3, granularity, power_of_two=power_of_two, amax=amax)
         found = codes, scale
         if cache is not None:
             cache.keep(weights, codes, scale)

@@ -3,11 +3,8 @@
     FSDP2       shard -> gathered values -> quantized by every process, in the forward and in the backward
     here        shard -> quantized by its owner -> gathered codes, which the products read as they are
 
-FSDP2 cuts a weight between rows, and a row has a scale of its own, so a process quantizes its rows alone. But for one
-number: the factor in [1, 2) that all scales of a weight share (coat_kernels.formats), which follows from the weight's
-last row. Before each forward the processes therefore add up a buffer that has, for each weight, 256 values of that row
-where it is and zeros elsewhere: one small collective, and codes that are those of the whole weight to the bit. From
-FP32 parameters they are made at once, not by way of BF16.
+FSDP2 cuts a weight between rows, and a row has a scale of its own, so a process quantizes its rows alone: the codes of
+the whole weight, to the bit. From FP32 parameters they are made at once, not by way of BF16.
 
 Parameters, gradients, their reduction, optimizers and checkpoints have nothing to do with this: the sharded parameter
 stays the plain DTensor that it is, and the gathered one is a :class:`~hf_coat.functional.GatheredWeight`, whose
@@ -22,56 +19,13 @@ from collections import Counter
 
 import torch
 from coat_kernels import quantize_each
-from coat_kernels.formats import DITHER_VALUES
 from torch import nn
 
 from ..functional import GatheredWeight
 from .linear import CoatLinear
-from .mlp import CoatMLP
 
 logger = logging.getLogger(__name__)
 WHOLE = "every process has the whole weight"
-
-
-class LastRows:
-    """The last rows of weights, the same on all processes of a group: float32 [weights, 256], zero behind a row's end.
-
-    Args:
-        params: The objects with which FSDP2 manages the weights.
-    """
-
-    def __init__(self, params: list):
-        self.params, mesh = params, params[0].mesh_info
-        self.group, self.rank = mesh.shard_process_group, mesh.shard_mesh_rank
-        with torch.inference_mode(False):
-            self.values = torch.zeros(len(params), DITHER_VALUES, device=params[0].device)
-        self.ready = None
-        self.ours: list[tuple] = []  # of each row that is here: where it goes, whose it is, and where it is
-        for row, p in zip(self.values, params, strict=True):
-            owner, index = divmod(p._orig_size[0] - 1, p.padded_sharded_param_size[0])
-            if owner == self.rank:
-                width = p._orig_size[1]
-                self.ours.append((row[:width], p, slice(index * width, index * width + min(width, DITHER_VALUES))))
-
-    @torch.no_grad()
-    def agree(self) -> None:
-        """Take the rows as they are now. All processes call this together."""
-        if not any(p.sharded_param.requires_grad for p in self.params):  # frozen weights need no factor
-            return
-        self.values.zero_()
-        if self.ours:
-            torch._foreach_copy_(
-                [row for row, _, _ in self.ours], [p._sharded_param_data[where] for _, p, where in self.ours]
-            )
-        torch.distributed.all_reduce(self.values, group=self.group)
-        if self.values.is_cuda:
-            self.ready = torch.cuda.Event()
-            self.ready.record()
-
-    def wait(self) -> None:
-        """Let the stream that is current wait for the rows: weights are quantized on one of FSDP2's own."""
-        if self.ready is not None:
-            torch.cuda.current_stream().wait_event(self.ready)
 
 
 class Shard:
@@ -79,8 +33,6 @@ class Shard:
 
     Args:
         param: The object with which FSDP2 manages the weight.
-        rows: Where the row is from which the factor of its scales is drawn.
-        index: Which one of them it is.
 
     Attributes:
         together: Those of all weights that are gathered with this one, in the order in which FSDP2 asks them. The
@@ -88,8 +40,8 @@ class Shard:
         made: Codes and scales for the all-gather that has begun.
     """
 
-    def __init__(self, param, rows: LastRows, index: int):
-        self.param, self.rows, self.row = param, rows, rows.values[index]
+    def __init__(self, param):
+        self.param = param
         self.together: list[Shard] = [self]
         self.made: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -116,20 +68,16 @@ class Shard:
 
 
 def _quantize(shards: list[Shard]) -> None:
-    """Let each have its codes and scales. Frozen weights' scales have no factor."""
-    kinds: dict[tuple, list[Shard]] = {}
+    """Let each have its codes and scales: one launch for those of a dtype."""
+    kinds: dict[torch.dtype, list[Shard]] = {}
     for shard in shards:
-        kind = shard.param.sharded_param.requires_grad, shard.param._sharded_param_data.dtype
-        kinds.setdefault(kind, []).append(shard)
-    for (trained, _), alike in kinds.items():
-        if trained:
-            alike[0].rows.wait()
+        kinds.setdefault(shard.param._sharded_param_data.dtype, []).append(shard)
+    for alike in kinds.values():
         params = [shard.param for shard in alike]
         pieces = [
             p._sharded_param_data.to(p.device, non_blocking=True).view(p.padded_sharded_param_size) for p in params
         ]
-        made = quantize_each(pieces, [shard.row for shard in alike] if trained else ())
-        for shard, (codes, scale) in zip(alike, made, strict=True):
+        for shard, (codes, scale) in zip(alike, quantize_each(pieces), strict=True):
             shard.made = codes.view(torch.uint8), scale
 
 
@@ -154,11 +102,6 @@ def _has_gradients(param) -> bool:
     """Whether gradients wait in the gathered parameter until they are reduced."""
     there = getattr(param, "_unsharded_param", None)
     return param.unsharded_accumulated_grad is not None or (there is not None and there.grad is not None)
-
-
-def _processes(param) -> str:
-    """The name of the group of processes that share a weight."""
-    return param.mesh_info.shard_process_group.group_name
 
 
 def groups_of(state) -> list:
@@ -216,49 +159,38 @@ class CodeGather:
         model: The model.
 
     Attributes:
-        sources: Converted linear -> the one whose last row its weight's factor is drawn from: the last one of those
-            that are multiplied together, whose scales must fit each other.
+        linears: The converted linears.
         kept: Name of a converted linear whose values are gathered -> why.
         gathered: Names of those whose codes are.
     """
 
     def __init__(self, model: nn.Module):
-        self.sources = {}
-        for module in model.modules():
-            if type(module) is CoatLinear:
-                merged = module.coat_merged
-                self.sources.setdefault(module, module if merged is None else merged.members[-1])
-            elif isinstance(module, CoatMLP):
-                firsts = [getattr(module, name) for name in module.coat_state.firsts]
-                firsts = [getattr(first, "base_layer", first) for first in firsts]
-                self.sources |= {first: firsts[-1] for first in firsts if type(first) is CoatLinear}
+        self.linears = [module for module in model.modules() if type(module) is CoatLinear]
         self._forget()
 
     def _forget(self) -> None:
         self.waiting: list | None = None  # groups, and their weights that do not answer yet; None: not looked for
         self.taken: list = []
-        self.rows: list[LastRows] = []
         self.kept: dict[str, str] = {}
         self.gathered: list[str] = []
 
     def __getstate__(self):
-        return {"sources": self.sources}
+        return {"linears": self.linears}
 
     def __setstate__(self, state):
-        self.sources = state["sources"]
+        self.linears = state["linears"]
         self._forget()
 
     def __call__(self, model: nn.Module, args) -> None:
         if torch.compiler.is_compiling():
             return
-        if any(type(module) is not CoatLinear for module in self.sources):  # a part of the model was taken back
+        if any(type(module) is not CoatLinear for module in self.linears):  # a part of the model was taken back
             self.release()
-            self.sources = {module: source for module, source in self.sources.items() if type(module) is CoatLinear}
-            if not self.sources:
+            self.linears = [module for module in self.linears if type(module) is CoatLinear]
+            if not self.linears:
                 return
         if self.waiting is None:
-            first = next(iter(self.sources))
-            if not (hasattr(model, "_get_fsdp_state") or hasattr(first.weight, "device_mesh")):
+            if not (hasattr(model, "_get_fsdp_state") or hasattr(self.linears[0].weight, "device_mesh")):
                 return
             self.waiting = self._find(model)
             hooks = model._forward_pre_hooks
@@ -266,8 +198,6 @@ class CodeGather:
         early = self._reshard_early()
         if self.waiting:
             self._take()
-        for rows in self.rows:
-            rows.agree()
         for group in early:
             group.unshard()
             group.wait_for_unshard()
@@ -285,54 +215,35 @@ class CodeGather:
         return early
 
     def _find(self, model: nn.Module) -> list:
-        """The weights that can be gathered as codes, by group."""
+        """Groups, and what answers for those of their weights that can be gathered as codes."""
         names = {module: name for name, module in model.named_modules()}
         compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in names)
-        found = {}
+        found = []
         for group in _groups(model):
+            shards = []
             for param in group.fsdp_params:
                 module = param._module_info.module
                 if (
                     type(module) is CoatLinear
-                    and module in self.sources
+                    and module in self.linears
                     and param._module_info.param_name == "weight"
                     and not hasattr(param, "coat_shard")  # then another hook answers for it
                 ):
                     why = "torch.compile does not see through it" if compiled else _why_not(group, param)
                     if why is None:
-                        found[module] = group, param
+                        shards.append(Shard(param))
+                        self.gathered.append(names[module])
                     else:
                         self.kept[names[module]] = why
+            for shard in shards:
+                shard.together = shards
+            if shards:
+                found.append((group, shards))
         reasons = Counter(why for why in self.kept.values() if why != WHOLE)
         if reasons and torch.distributed.get_rank() == 0:
             said = ", ".join(f"{n} x {why}" for why, n in reasons.most_common())
             logger.warning(f"COAT: FSDP2 gathers the values of {reasons.total()} converted weights, not codes: {said}")
-
-        self.gathered = [names[module] for module in found]
-        return self._shards(found)
-
-    def _shards(self, found: dict[nn.Module, tuple]) -> list:
-        """What answers for these weights, by group; their last rows are agreed on once for each group of processes."""
-        places = {}  # of a source among the rows that are agreed on together
-        params: dict[str, list] = {}
-        for module, (_, param) in found.items():
-            source = self.sources[module]
-            if source not in found or _processes(found[source][1]) != _processes(param):
-                source = self.sources[module] = module  # it is not sharded as this one is
-            together = params.setdefault(_processes(param), [])
-            if source not in places:
-                places[source] = len(together)
-                together.append(found[source][1])
-        rows = {processes: LastRows(together) for processes, together in params.items()}
-        self.rows = list(rows.values())
-        shards: dict[int, tuple] = {}
-        for module, (group, param) in found.items():
-            shard = Shard(param, rows[_processes(param)], places[self.sources[module]])
-            shards.setdefault(id(group), (group, []))[1].append(shard)
-        for _, members in shards.values():
-            for shard in members:
-                shard.together = members
-        return list(shards.values())
+        return found
 
     def _take(self) -> None:
         """Answer for the weights of the groups that are not gathered now."""
@@ -397,12 +308,12 @@ def gather_codes(model: nn.Module) -> list[CoatLinear]:
         The linears. Weights that are stored as FP8 are not among them: codes are all that there is.
     """
     gather = CodeGather(model)
-    if gather.sources:
+    if gather.linears:
         model.register_forward_pre_hook(gather)
-    return list(gather.sources)
+    return list(gather.linears)
 
 
 def gathered_as_codes(model: nn.Module) -> list[nn.Parameter]:
     """The weights in ``model`` whose codes FSDP2 gathers, if it shards it: a byte a value, and four bytes a row."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    return [linear.weight for hook in hooks if isinstance(hook, CodeGather) for linear in hook.sources]
+    return [linear.weight for hook in hooks if isinstance(hook, CodeGather) for linear in hook.linears]

@@ -11,12 +11,7 @@ value follows from the bits of amax by integer arithmetic, exactly:
     exponent(scale) = exponent(amax) - emax, plus one if mantissa(amax) > 1.75
 
 Power-of-two scales cost at most one step of the exponent range and no precision of a normal number; multiplying by
-them is exact, so codes can be moved from one scale to another without a second rounding. So they can where scales are
-powers of two times one factor: their ratios are powers of two.
-
-A weight that hardly moves is rounded in the same direction at every step if its scale stays, and what it is off by
-adds up over the training. Such a factor that changes with every update of the tensor (:func:`dither_factor`) shifts
-the grid each time, and the errors average out.
+them is exact, so codes can be moved from one scale to another without a second rounding.
 
 Stated outcomes. All-zero values get the smallest normal scale and codes of zero. Values whose amax is not finite get a
 NaN scale, so they dequantize to NaN: a broken number is never turned into a plausible one. Nothing saturates
@@ -65,9 +60,7 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_EXPONENT = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # the exponent of the largest number, 1.75 * 2**emax
 SMALLEST_NORMAL = 2.0**-126
 INF_BITS = 0x7F800000
-MANTISSA = 0x007FFFFF  # bits of a float32 number
-DITHER_VALUES = 256  # of a row, from which a factor is drawn
-DITHER_MULTIPLIER = 0x9E3779B1  # 2**32 over the golden ratio, and odd: spreads what differs in any bit to the top ones
+ABOVE = 0x001FFFFF  # carries the mantissa of a float32 number into its exponent if it is above 1.75
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -75,28 +68,12 @@ def largest(dtype: torch.dtype) -> float:
     return 1.75 * 2.0 ** MAX_EXPONENT[dtype]
 
 
-def dither_factor(values: torch.Tensor) -> torch.Tensor:
-    """A factor in [1, 2), one of 256, from the mantissas of the first values [H] of a row, for all scales of a tensor.
-
-    It is a function of the values, so that a resumed training finds the same one, and blind to their exponents, so
-    that multiplying the values by a power of two leaves codes alone.
-    """
-    mantissas = values[:DITHER_VALUES].float().view(torch.int32) & MANTISSA
-    return 1 + ((mantissas.sum(dtype=torch.int64) * DITHER_MULTIPLIER & 0xFFFFFFFF) >> 24).float() / 256
-
-
-def scale_from_amax(
-    amax: torch.Tensor, dtype: torch.dtype, power_of_two: bool, factor: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Scales of values whose largest magnitude is ``amax``, float32 of any shape; NaN where it is not finite. Powers
-    of two are multiplied by ``factor``, a float32 number in [1, 2), if there is one."""
+def scale_from_amax(amax: torch.Tensor, dtype: torch.dtype, power_of_two: bool) -> torch.Tensor:
+    """Scales of values whose largest magnitude is ``amax``, float32 of any shape; NaN where it is not finite."""
     if power_of_two:
-        factor = amax.new_ones(()) if factor is None else factor
-        top = (1.75 * factor).view(torch.int32)  # the largest amax that a scale of ``factor`` holds, over 2**emax
         bits = amax.view(torch.int32).clamp(max=INF_BITS)  # NaN behaves as inf here; both become NaN below
-        bits = (bits + (MANTISSA - (top & MANTISSA))) & INF_BITS
-        bits += ((127 - MAX_EXPONENT[dtype]) << 23) - (top & INF_BITS)
-        scale = bits.clamp(min=1 << 23).view(torch.float32) * factor
+        bits = ((bits + ABOVE) & INF_BITS) - (MAX_EXPONENT[dtype] << 23)
+        scale = bits.clamp(min=1 << 23).view(torch.float32)
     else:
         scale = (amax * (1.0 / largest(dtype))).clamp(min=SMALLEST_NORMAL)
     return torch.where(amax.isfinite(), scale, float("nan"))

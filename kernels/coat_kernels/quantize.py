@@ -21,12 +21,10 @@ import torch
 
 from ._registry import register
 from .formats import (
-    DITHER_VALUES,
     FP8_DTYPES,
     SCALE_DTYPES,
     SMALLEST_NORMAL,
     Granularity,
-    dither_factor,
     encode,
     pack_scale,
     round_up,
@@ -67,17 +65,8 @@ def joint_shape(parts: Sequence[torch.Tensor], dim: int) -> tuple[int, int]:
     return tokens, width
 
 
-def _check_dither(name, dither, width):
-    enough = min(DITHER_VALUES, width)
-    if dither.dtype not in SOURCE_DTYPES or dither.dim() != 1 or len(dither) < enough:
-        raise ValueError(
-            f"{name}: dither is {dither.dtype} {list(dither.shape)}, expected a row of {enough} values or more in one "
-            f"of {', '.join(map(str, SOURCE_DTYPES))}"
-        )
-
-
 def _check_quantize(
-    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax
+    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, amax
 ):
     first = parts[0]
     if first.dtype not in SOURCE_DTYPES:
@@ -115,13 +104,6 @@ def _check_quantize(
             raise ValueError(f"quantize: scale_dtype is {scale_dtype}, expected torch.float32 for {granularity!r}")
         if scale_dtype == torch.uint8 and not power_of_two:
             raise ValueError("quantize: power_of_two is False, but E8M0 scales (torch.uint8) are powers of two")
-    if dither is not False and (granularity != Granularity.TOKEN or not power_of_two or scale is not None or dim != 0):
-        raise ValueError(
-            f"quantize: dither is for measured power-of-two scales per token of rows, but granularity is "
-            f"{granularity!r}, power_of_two {power_of_two}, dim {dim} and scale {'None' if scale is None else 'given'}"
-        )
-    if isinstance(dither, torch.Tensor):
-        _check_dither("quantize", dither, first.shape[-1])
     if amax is not None:
         if granularity != Granularity.TENSOR or scale is not None:
             raise ValueError(
@@ -145,7 +127,7 @@ def _check_quantize(
 
 def quantize_ref(
     x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype=torch.float32, dim=0,
-    dither=None, amax=None,
+    amax=None,
 ):  # fmt: skip
     x = (x if isinstance(x, torch.Tensor) else torch.cat(list(x), dim)).float()
     tokens, width = x.shape
@@ -160,8 +142,7 @@ def quantize_ref(
         else:
             padded = torch.nn.functional.pad(magnitude, (0, -width % group_size))
             amax = padded.view(tokens, -1, group_size).amax(dim=2)
-        factor = None if dither is None else dither_factor(dither[:width])
-        scale = new_scale = pack_scale(scale_from_amax(amax, dtype, power_of_two, factor), scale_dtype)
+        scale = new_scale = pack_scale(scale_from_amax(amax, dtype, power_of_two), scale_dtype)
     else:
         new_scale = x.new_empty(0, dtype=scale_dtype)
     x_q = encode(x, _per_value(1.0 / unpack_scale(scale), width, group_size), dtype)
@@ -170,7 +151,7 @@ def quantize_ref(
 
 
 def _quantize_fake(
-    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax=None
+    parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, amax=None
 ):
     tokens, width = joint_shape(parts, dim)
     shape = scale_shape(tokens, width, granularity, group_size)
@@ -184,8 +165,7 @@ def _quantize_fake(
 
 _quantize = register(
     "quantize(Tensor[] x, ScalarType dtype, str granularity, int group_size, bool power_of_two, Tensor? scale, "
-    "bool codes, bool transposed, ScalarType scale_dtype, int dim, Tensor? dither, Tensor? amax=None) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool codes, bool transposed, ScalarType scale_dtype, int dim, Tensor? amax=None) -> (Tensor, Tensor, Tensor)",
     quantize_ref,
     _quantize_fake,
     "quantize_triton:quantize",
@@ -204,7 +184,6 @@ def quantize(
     transposed: bool = False,
     scale_dtype: torch.dtype = torch.float32,
     dim: int = 0,
-    dither: bool | torch.Tensor = False,
     amax: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Quantize ``x`` to FP8: ``x ≈ x_q * x_s``, ``x_s = amax / largest``, rounded up to a power of two if asked.
@@ -223,9 +202,6 @@ def quantize(
         scale_dtype: How the scales of groups are stored: ``torch.float32``, ``torch.bfloat16`` or ``torch.uint8`` for
             E8M0, which needs ``power_of_two``. The codes belong to the stored scale.
         dim: Along what several tensors are joined: 0 for rows (tokens), 1 for columns (one scale for a token of all).
-        dither: Multiply the power-of-two scales of all tokens by one factor in [1, 2) that changes with the values
-            (formats.dither_factor): for weights, which are much the same from step to step. It is drawn from the last
-            row, or from a row [>= min(H, 256)] that is given, where rows of one matrix are quantized in many places.
         amax: With granularity "tensor" the largest magnitude of all values, one float32 number, if somebody knows it:
             that saves the pass over them which finds it, and changes no result. It is not checked; values above it
             would be cut off.
@@ -246,29 +222,24 @@ def quantize(
     else:
         raise ValueError("quantize: x is an empty sequence, expected a tensor or at least one")
     _check_quantize(
-        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax
+        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, amax
     )
-    if isinstance(dither, bool):
-        dither = next((part[-1] for part in reversed(parts) if part.numel()), None) if dither else None
     x_q, x_qt, x_s = _quantize(
-        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither, amax
+        parts, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, amax
     )
     return x_q if codes else None, x_qt if transposed else None, x_s if scale is None else scale
 
 
-def quantize_each_ref(x, dither):
-    made = [
-        quantize_ref(part, torch.float8_e4m3fn, "token", 0, True, None, True, False, dither=row)
-        for part, row in zip(x, dither or [None] * len(x), strict=True)
-    ]
+def quantize_each_ref(x):
+    made = [quantize_ref(part, torch.float8_e4m3fn, "token", 0, True, None, True, False) for part in x]
     codes = torch.cat([q.view(torch.uint8).flatten() for q, _, _ in made]).view(torch.float8_e4m3fn)
     return codes, torch.cat([s.flatten() for _, _, s in made])
 
 
 _quantize_each = register(
-    "quantize_each(Tensor[] x, Tensor[] dither) -> (Tensor, Tensor)",
+    "quantize_each(Tensor[] x) -> (Tensor, Tensor)",
     quantize_each_ref,
-    lambda x, dither: (
+    lambda x: (
         x[0].new_empty(sum(part.numel() for part in x), dtype=torch.float8_e4m3fn),
         x[0].new_empty(sum(part.shape[0] for part in x), dtype=torch.float32),
     ),
@@ -276,15 +247,11 @@ _quantize_each = register(
 )
 
 
-def quantize_each(
-    x: Sequence[torch.Tensor], dither: Sequence[torch.Tensor] = ()
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def quantize_each(x: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Many matrices at once, each quantized by itself to E4M3 with a power-of-two scale per token, in one launch.
 
     Args:
         x: Matrices [T_i, H_i] of one dtype, BF16, FP32 or FP16, on one device.
-        dither: A row [>= min(H_i, 256)] for each of them, of one dtype, as :func:`quantize` takes it; none for no
-            factor.
 
     Returns:
         ``(x_q [T_i, H_i], x_s [T_i, 1])`` of each, as :func:`quantize` gives them. They are pieces of two tensors.
@@ -292,7 +259,7 @@ def quantize_each(
     Raises:
         TypeError, ValueError: For dtypes or shapes that do not fit; the message names the value and what was expected.
     """
-    x, dither = list(x), list(dither)
+    x = list(x)
     if not x:
         raise ValueError("quantize_each: x is an empty sequence, expected at least one matrix")
     first = x[0]
@@ -304,17 +271,7 @@ def quantize_each(
                 f"quantize_each: {part.dtype} {list(part.shape)} on {part.device}, expected matrices of the first "
                 f"one's dtype and device, {first.dtype} on {first.device}"
             )
-    if dither:
-        if len(dither) != len(x) or any(row.dtype != dither[0].dtype for row in dither):
-            raise ValueError(
-                f"quantize_each: dither is {len(dither)} rows of {', '.join(sorted({str(r.dtype) for r in dither}))}, "
-                f"expected one for each of {len(x)} matrices, of one dtype"
-            )
-        for part, row in zip(x, dither, strict=True):
-            _check_dither("quantize_each", row, part.shape[1])
-            if row.device != first.device:
-                raise ValueError(f"quantize_each: dither is on {row.device}, expected {first.device} as x")
-    codes, scales = _quantize_each(x, dither)
+    codes, scales = _quantize_each(x)
     codes, scales = codes.split([part.numel() for part in x]), scales.split([part.shape[0] for part in x])
     return [(q.view(part.shape), s.view(-1, 1)) for part, q, s in zip(x, codes, scales, strict=True)]
 
@@ -404,13 +361,13 @@ def transpose(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Transpose codes [T, H]; with a scale per token, move them to one scale on the way, the largest of the scales.
 
-    Where the ratios of the scales are powers of two nothing is rounded again, except what falls below the format's
-    smallest normal number under the common scale: a token 2**15 (E4M3) smaller than the largest one begins to lose
-    bits, as it would have lost them under a scale per tensor.
+    Where the scales are powers of two nothing is rounded again, except what falls below the format's smallest normal
+    number under the common scale: a token 2**15 (E4M3) smaller than the largest one begins to lose bits, as it would
+    have lost them under a scale per tensor.
 
     Args:
         x_q: FP8 codes [T, H]; or several of one width, which are transposed as if they stood below each other.
-        x_s: Scales [T, 1] of all rows whose ratios are powers of two, or None to leave the codes as they are.
+        x_s: Scales [T, 1] of all rows, powers of two, or None to leave the codes as they are.
 
     Returns:
         Codes [H, round_up(T, 16)] with zeros beyond T, and their scale [1, 1], or None without ``x_s``.

@@ -14,7 +14,6 @@ from .quantize import joint_shape, scale_shape
 from .tables_triton import TRITON_DTYPES, find_row, on_device
 from .tiles_triton import (
     INTERPRETED,
-    dither_factor,
     magnitude_bits,
     pack_scale,
     scale_from_bits,
@@ -130,12 +129,11 @@ def _quantize_tiles_kernel(
 
 @triton.jit(do_not_specialize=ROWS)
 def _quantize_tokens_kernel(
-    x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, last_ptr, s_ptr, q_ptr, width, stride,
-    PARTS: tl.constexpr, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, DITHER: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, s_ptr, q_ptr, width, stride,
+    PARTS: tl.constexpr, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Scales and codes of BLOCK_T whole tokens. A row wider than a block is read twice, the second time from cache.
-    With DITHER the scales are multiplied by the factor that the row at last_ptr gives."""
+    """Scales and codes of BLOCK_T whole tokens. A row wider than a block is read twice, the second time from cache."""
     x_ptr, rows, begin, t = _part_of(
         tl.program_id(0), x0_ptr, x1_ptr, x2_ptr, x3_ptr, rows0, rows1, rows2, rows3, PARTS, BLOCK_T
     )
@@ -150,7 +148,7 @@ def _quantize_tokens_kernel(
         for h0 in tl.range(0, width, BLOCK_H):
             x = tl.load(row + h0 + h, mask=here & (h0 + h < width), other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.max(magnitude_bits(x), axis=1))
-    s = scale_from_bits(amax, EMAX, POWER_OF_TWO, dither_factor(last_ptr, width) if DITHER else 1.0)
+    s = scale_from_bits(amax, EMAX, POWER_OF_TWO)
     tl.store(s_ptr + begin + t, s, mask=t < rows)
     inverse = tl.div_rn(1.0, s)[:, None]
     if ONE_BLOCK:
@@ -227,31 +225,28 @@ def _quantize_parts_kernel(
         _store_part(x3, inverse, x3_ptr, q_row, t, tokens, width3, stride3, EMAX, BLOCK_3)
 
 
-# The columns of the table of _quantize_each_kernel, int64: the address of the values, that of the row from which the
-# factor of the scales is drawn, tokens, width, where codes and scales begin in what is written, the first program.
-EACH = tl.constexpr(7)
+# The columns of the table of _quantize_each_kernel, int64: the address of the values, tokens, width, where codes and
+# scales begin in what is written, the first program.
+EACH = tl.constexpr(6)
 
 
 @triton.jit(do_not_specialize=["matrices"])
 def _quantize_each_kernel(
     table, matrices, s_ptr, q_ptr,
-    VALUES: tl.constexpr, ROW: tl.constexpr, EMAX: tl.constexpr, ALIGNMENT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    VALUES: tl.constexpr, EMAX: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Scales and codes of BLOCK_T whole tokens of one of many matrices. ROW is the dtype of the rows that give the
-    factors, None for no factor."""
+    """Scales and codes of BLOCK_T whole tokens of one of many matrices."""
     pid = tl.program_id(0)
     row = table + find_row(table, matrices, pid, EACH) * EACH
     x_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(VALUES)), ALIGNMENT)
-    tokens = tl.load(row + 2)
-    width = tl.multiple_of(tl.load(row + 3).to(tl.int32), ALIGNMENT)
-    q_ptr += tl.multiple_of(tl.load(row + 4), ALIGNMENT)
-    t = (pid - tl.load(row + 6)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tokens = tl.load(row + 1)
+    width = tl.multiple_of(tl.load(row + 2).to(tl.int32), ALIGNMENT)
+    q_ptr += tl.multiple_of(tl.load(row + 3), ALIGNMENT)
+    t = (pid - tl.load(row + 5)) * BLOCK_T + tl.arange(0, BLOCK_T)
     x = _load_rows(x_ptr, t, 0, tokens, width, width, BLOCK_H)
     amax = _amax_part(x, x_ptr, t, tokens, width, width, BLOCK_H)
-    factor = 1.0 if ROW is None else dither_factor(tl.load(row + 1).to(tl.pointer_type(ROW)), width)
-    s = scale_from_bits(amax, EMAX, True, factor)
-    tl.store(s_ptr + tl.load(row + 5) + t, s, mask=t < tokens)
+    s = scale_from_bits(amax, EMAX, True)
+    tl.store(s_ptr + tl.load(row + 4) + t, s, mask=t < tokens)
     inverse = tl.div_rn(1.0, s)[:, None]
     _store_part(x, inverse, x_ptr, q_ptr + t[:, None] * width, t, tokens, width, width, EMAX, BLOCK_H)
 
@@ -349,9 +344,7 @@ def _together(x: list[torch.Tensor], block_t: int, columns: int | None = None):
         begin += sum(rows)
 
 
-def quantize(
-    x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, dither=None, amax=None
-):
+def quantize(x, dtype, granularity, group_size, power_of_two, scale, codes, transposed, scale_dtype, dim, amax=None):
     tokens, width = joint_shape(x, dim)
     emax, given, device = MAX_EXPONENT[dtype], scale is not None, x[0].device
     if len(x) > 1:
@@ -377,12 +370,10 @@ def quantize(
         _quantize_parts(x, x_q, x_s, power_of_two)
     elif granularity == "token" and not given:
         block_h = min(next_power_of_2(width), 16384)
-        dither = None if dither is None else dither.contiguous()
         for begin, programs, places, names in _together(x, max(1, 4096 // block_h)):
             _quantize_tokens_kernel[(programs,)](
-                *places, x[0] if dither is None else dither, x_s[begin:], x_q[begin:], width, stride, **names,
-                EMAX=emax, POWER_OF_TWO=power_of_two, DITHER=dither is not None, ONE_BLOCK=width <= block_h,
-                BLOCK_H=block_h,
+                *places, x_s[begin:], x_q[begin:], width, stride, **names,
+                EMAX=emax, POWER_OF_TWO=power_of_two, ONE_BLOCK=width <= block_h, BLOCK_H=block_h,
             )  # fmt: skip
     else:
         if granularity == "tensor" and not given:
@@ -421,16 +412,15 @@ def _quantize_parts(x, x_q, x_s, power_of_two):
     )  # fmt: skip
 
 
-def quantize_each(x, dither):
-    x, dither, device = [part.contiguous() for part in x], [row.contiguous() for row in dither], x[0].device
+def quantize_each(x):
+    x, device = [part.contiguous() for part in x], x[0].device
     dtype = torch.float8_e4m3fn
     block_h = min(next_power_of_2(max(part.shape[1] for part in x)), 4096)
     block_t = 4096 // block_h
     rows, values, tokens, programs = [], 0, 0, 0
-    for i, part in enumerate(x):
+    for part in x:
         if part.numel():
-            factor = dither[i].data_ptr() if dither else 0
-            rows.append((part.data_ptr(), factor, *part.shape, values, tokens, programs))
+            rows.append((part.data_ptr(), *part.shape, values, tokens, programs))
             programs += ceil_div(part.shape[0], block_t)
         values += part.numel()
         tokens += part.shape[0]
@@ -439,11 +429,11 @@ def quantize_each(x, dither):
     if len(rows) < len(x):  # matrices of width 0 may have rows
         scales.fill_(torch.finfo(torch.float32).smallest_normal)
     if rows:
-        aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
+        aligned = all(row[0] % 16 == 0 and row[2] % 16 == 0 for row in rows)
         _quantize_each_kernel[(programs,)](
             on_device(tuple(rows), device), len(rows), scales, codes,
-            VALUES=TRITON_DTYPES[x[0].dtype], ROW=TRITON_DTYPES[dither[0].dtype] if dither else None,
-            EMAX=MAX_EXPONENT[dtype], ALIGNMENT=16 if aligned else 1, BLOCK_T=block_t, BLOCK_H=block_h,
+            VALUES=TRITON_DTYPES[x[0].dtype], EMAX=MAX_EXPONENT[dtype], ALIGNMENT=16 if aligned else 1,
+            BLOCK_T=block_t, BLOCK_H=block_h,
         )  # fmt: skip
     return codes, scales
 

@@ -46,22 +46,11 @@ def fast_reciprocal(x):
 
 
 @triton.jit
-def dither_factor(ptr, count):
-    """A factor in [1, 2) from the first ``count`` values of a row, 256 at most; the twin of ``formats``' function."""
-    i = tl.arange(0, 256)
-    values = tl.load(ptr + i, mask=i < count, other=0.0).to(tl.float32)
-    total = tl.sum((values.to(tl.int32, bitcast=True) & 0x7FFFFF).to(tl.uint32), axis=0)
-    return 1.0 + ((total * 0x9E3779B1) >> 24).to(tl.float32) * (1.0 / 256)
-
-
-@triton.jit
-def scale_from_bits(amax_bits, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, factor=1.0):
+def scale_from_bits(amax_bits, EMAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The scale of values whose largest :func:`magnitude_bits` is given; the twin of ``formats.scale_from_amax``."""
     if POWER_OF_TWO:
-        top = (1.75 * factor + tl.zeros_like(amax_bits).to(tl.float32)).to(tl.int32, bitcast=True)
-        bits = (tl.minimum(amax_bits, 0x7F800000) + 0x7FFFFF - (top & 0x7FFFFF)) & 0x7F800000
-        bits += ((127 - EMAX) << 23) - (top & 0x7F800000)
-        scale = tl.maximum(bits, 1 << 23).to(tl.float32, bitcast=True) * factor
+        bits = ((tl.minimum(amax_bits, 0x7F800000) + 0x1FFFFF) & 0x7F800000) - (EMAX << 23)
+        scale = tl.maximum(bits, 1 << 23).to(tl.float32, bitcast=True)
     else:
         amax = amax_bits.to(tl.float32, bitcast=True)
         scale = tl.maximum(amax * (1.0 / (1.75 * 2.0**EMAX)), 1.1754943508222875e-38)

@@ -83,12 +83,10 @@ def result(folder, killed):
 
 
 def near(losses, alone, bf16=False):
-    """Sums are taken in another order. Where a weight differs by a bit for it, its tensor may be rounded on another
-    grid: that moves losses of a model that has learned little by a thousandth (test_two_processes.py). Losses that are
-    BF16 themselves differ by one of its steps and more."""
+    """Sums are taken in another order. Losses that are BF16 themselves differ by one of its steps and more."""
     assert losses[0] == pytest.approx(alone[0], rel=2**-8 if bf16 else 1e-5)
-    assert losses == pytest.approx(alone, rel=2**-7 if bf16 else 3e-3)
-    assert len(set(losses)) == len(losses), "nothing was learned"
+    assert losses == pytest.approx(alone, rel=2**-7 if bf16 else 2e-3)
+    assert len(set(losses)) > 1, "nothing was learned"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "whole"])

@@ -57,10 +57,6 @@ def images(steps):
 OLD = {} if Version(torch.__version__) >= Version(SHARDS_BYTES) else {"coat": {"model": {"frozen_weights": "bf16"}}}
 
 
-# What is probed runs linear by linear, each weight on a grid of its own, also where FSDP2 gathers gate and up on one.
-NO_PROBE = {"model": {"probe_steps": 0}}
-
-
 def full():
     return tools.tiny_llama()
 
@@ -248,10 +244,10 @@ def scenarios(folder, rank, world_size, device):
         "bf16_whole": lambda: trained(full_bf16, dataset, "whole", *at, bf16=True),
         "lora_ddp": lambda: trained(lora, dataset, "ddp", *at),
         "lora_whole": lambda: trained(lora, dataset, "whole", *at, **OLD),
-        "vlm_ddp": lambda: trained(vlm, images, "ddp", *at, coat=NO_PROBE),
+        "vlm_ddp": lambda: trained(vlm, images, "ddp", *at),
         # accelerate looks for all layers that LLaVA may have, and does not find those of a text tower
         "vlm_whole": lambda: trained(
-            vlm, images, "whole", *at, coat=NO_PROBE,
+            vlm, images, "whole", *at,
             more={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
         ),
         "accumulated_ddp": lambda: accumulated("ddp"),

@@ -67,7 +67,7 @@ class Counter:
 # --- one quantized copy ---
 
 
-def test_q_k_and_v_are_one_product_and_alone_the_same_linears(device, monkeypatch):
+def test_q_k_and_v_are_one_product_and_alone_the_same_numbers(device, monkeypatch):
     forward, backward = (Counter(monkeypatch, m, "scaled_mm") for m in (operands, hf_coat.functional.linear))
     model, alone = llama(device=device), llama(device=device)
     hf_coat.apply_coat(model)
@@ -81,8 +81,8 @@ def test_q_k_and_v_are_one_product_and_alone_the_same_linears(device, monkeypatc
     # A layer's attention: forward, input gradient and weight gradient of qkv and of o; 3 + 3, against 9 + 3. Of the
     # MLP's products some are counted too, as many each time.
     assert len(forward) + len(backward) - 2 * together == 2 * 6
-    assert loss == pytest.approx(loss_alone, rel=1e-3)
-    for name, grad in grads.items():  # one scale per token for three gradients and one grid for three weights
+    assert loss == pytest.approx(loss_alone, rel=1e-5)
+    for name, grad in grads.items():  # one scale per token for three gradients, against one each
         assert relative(grad, grads_alone[name]) < 0.1, name
 
 
@@ -109,7 +109,7 @@ def test_followers_called_with_another_tensor_compute_for_themselves(device):
     x, other = (torch.randn(3, 64, device=device) for _ in range(2))
     attention.q_proj(x)
     x_q, _, x_s = ck.quantize(other)
-    w_q, _, w_s = ck.quantize(attention.k_proj.weight.detach(), dither=True)
+    w_q, _, w_s = ck.quantize(attention.k_proj.weight.detach())
     expected = ck.scaled_mm(x_q, w_q, x_s, w_s)
     torch.testing.assert_close(attention.k_proj(other), expected.float(), rtol=2**-7, atol=1e-6)
     changed = attention.v_proj(x.mul_(2.0))  # the same tensor, but not what q_proj has read
@@ -321,9 +321,8 @@ def test_the_fused_mlp_is_the_mlp_of_its_parts(device):
         return [y.detach(), x.grad, *(p.grad for p in mlp.parameters())]
 
     for fused, parts in zip(run(False), run(True), strict=True):
-        # Apart by an FP8 rounding of the gradients and one of the weights of gate and up (2.6 % each), which share
-        # their scales in one case, in each of the two weights that a value has passed.
-        assert relative(fused, parts) < 0.08
+        # Apart by one FP8 rounding of the gradients of gate and up, which share a scale per token in one case.
+        assert relative(fused, parts) < 0.05
 
 
 # --- weights ---

@@ -21,14 +21,9 @@ def weight(n, k=K, dtype=torch.bfloat16, device="cpu"):
     return nn.Parameter(torch.randn(n, k, generator=torch.Generator().manual_seed(n)).to(device, dtype) / 8)
 
 
-def gathered(weights, requires_grad=True):
-    """Of weights that are multiplied together: their scales share the factor of the last row of all."""
-    made = []
-    for w in weights:
-        row = weights[-1].detach()[-1] if requires_grad else False
-        codes, _, scale = ck.quantize(w.detach(), dither=row)
-        made.append(nn.Parameter(GatheredWeight(codes.view(torch.uint8), scale, w.dtype), requires_grad))
-    return made
+def gathered(w, requires_grad=True):
+    codes, _, scale = ck.quantize(w.detach())
+    return nn.Parameter(GatheredWeight(codes.view(torch.uint8), scale, w.dtype), requires_grad)
 
 
 def run(function, weights, x):
@@ -55,8 +50,7 @@ def mlp(x, weights):
 )
 def test_codes_give_what_the_weights_give(function, shapes, dtype, device):
     plain = [weight(n, k, dtype, device) for n, k in shapes]
-    together = [plain] if function is attention else [plain[:2], plain[2:]]
-    codes = [made for group in together for made in gathered(group)]
+    codes = [gathered(w) for w in plain]
     x = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     ys, dx, dws = run(function, plain, x)
     ys_of_codes, dx_of_codes, dws_of_codes = run(function, codes, x)
@@ -73,7 +67,7 @@ def test_codes_give_what_the_weights_give(function, shapes, dtype, device):
 
 def test_adapters_over_gathered_codes(device):
     plain = weight(64, device=device).requires_grad_(False)
-    (codes,) = gathered([plain], requires_grad=False)
+    codes = gathered(plain, requires_grad=False)
     a, b = weight(4, device=device), weight(64, 4, device=device)
     x = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     results = []
@@ -87,7 +81,7 @@ def test_adapters_over_gathered_codes(device):
 
 def test_who_else_reads_it_gets_values():
     plain = weight(20)
-    (codes,) = gathered([plain])
+    codes = gathered(plain)
     assert isinstance(codes, nn.Parameter) and isinstance(codes, GatheredWeight) and "[20, 48]" in repr(codes)
     values = codes.detach() + 0
     assert type(values) is torch.Tensor and values.dtype == torch.bfloat16
@@ -105,15 +99,15 @@ def test_without_fsdp2_the_hook_does_nothing():
     model = nn.Sequential(nn.Linear(K, 64), nn.Linear(64, 32))
     apply_coat(model, CoatConfig(modules_to_not_convert=["0"]))
     (hook,) = model._forward_pre_hooks.values()
-    assert isinstance(hook, CodeGather) and list(hook.sources) == [model[1]]
+    assert isinstance(hook, CodeGather) and hook.linears == [model[1]]
     model(torch.randn(2, K))
-    assert hook.waiting is None and not hook.rows
+    assert hook.waiting is None
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         (of_twin,) = twin._forward_pre_hooks.values()
-        assert list(of_twin.sources) == [twin[1]] and type(twin[1]) is CoatLinear and twin[1] is not model[1]
+        assert of_twin.linears == [twin[1]] and type(twin[1]) is CoatLinear and twin[1] is not model[1]
     apply_coat(model)
     (again,) = model._forward_pre_hooks.values()
-    assert again is not hook and list(again.sources) == [model[0], model[1]]
+    assert again is not hook and again.linears == [model[0], model[1]]
     remove_coat(model)
     assert not model._forward_pre_hooks
     for config in (CoatConfig(fsdp_all_gather="bf16"), CoatConfig(granularity="tensor")):
@@ -122,31 +116,21 @@ def test_without_fsdp2_the_hook_does_nothing():
 
 
 def test_the_first_of_a_group_quantizes_for_all(device, monkeypatch):
-    """Trained and frozen weights of one group, asked in any order: the codes of the weights as they are."""
-    shapes, trained = [(16, K), (8, K), (24, 2 * K), (8, K)], [True, False, True, False]
-    weights = [weight(*shape, device=device).detach() for shape in shapes]
-    rows = SimpleNamespace(values=torch.randn(4, 256, device=device), wait=lambda: None)
+    """Weights of one group in two dtypes, asked in any order: the codes of the weights as they are."""
+    shapes, dtypes = [(16, K), (8, K), (24, 2 * K), (8, K)], [torch.float32, torch.bfloat16] * 2
+    weights = [weight(*shape, dtype, device).detach() for shape, dtype in zip(shapes, dtypes, strict=True)]
     shards = [
-        Shard(
-            SimpleNamespace(
-                sharded_param=SimpleNamespace(requires_grad=train),
-                _sharded_param_data=w.view(-1),
-                padded_sharded_param_size=w.shape,
-                device=w.device,
-            ),
-            rows,
-            i,
-        )
-        for i, (w, train) in enumerate(zip(weights, trained, strict=True))
+        Shard(SimpleNamespace(_sharded_param_data=w.view(-1), padded_sharded_param_size=w.shape, device=w.device))
+        for w in weights
     ]
     launches, quantize_each = [], ck.quantize_each
-    monkeypatch.setattr(gather, "quantize_each", lambda x, dither: launches.append(len(x)) or quantize_each(x, dither))
+    monkeypatch.setattr(gather, "quantize_each", lambda x: launches.append(len(x)) or quantize_each(x))
     for shard in shards:
         shard.together = shards
     for order in ([0, 1, 2, 3], [2], [3, 1], [0, 1, 2, 3]):
         for i in order:
             (codes, scale), _ = shards[i].fsdp_pre_all_gather(None, None, None, None, None)
-            q, _, s = ck.quantize(weights[i], dither=rows.values[i] if trained[i] else False)
+            q, _, s = ck.quantize(weights[i])
             assert torch.equal(codes, q.view(torch.uint8)) and torch.equal(scale, s)
         assert all(shard.made is None for shard in shards)
         for w in weights:

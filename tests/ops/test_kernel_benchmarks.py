@@ -17,7 +17,7 @@ BYTES = {
     "quantize 40 x 64 per tensor + transposed": T * H * (2 + 2 + 1) + PADDED * H + 4,
     "quantize 40 x 64 per tensor, amax given": T * H * (2 + 1) + 4 + 4,
     "quantize 3 of 40 x 64 as columns": 3 * T * H * (2 + 1) + 4 * T,
-    "quantize 2 of 96 x 64 as rows, dithered": 2 * W * H * (2 + 1) + 4 * 2 * W,
+    "quantize 2 of 96 x 64 as rows": 2 * W * H * (2 + 1) + 4 * 2 * W,
     "quantize a layer of 64 and 96, half of each weight": (4 + 2 * 1.5 + 1.5) * 32 * H * 3 + 256 * 4,
     "transpose 2 of 96 x 64": 2 * 2 * W * H + 4 * 2 * W + 4,
     "norm 40 x 64, input kept + codes": T * H * (2 + 2 + 1 + 1) + T * (4 + 1 + 4) + 2 * H,

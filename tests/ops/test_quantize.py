@@ -128,58 +128,6 @@ def test_rows_of_several_tensors_that_lie_anyhow(twin, same_codes, device, granu
             same_codes(actual[1], expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("widths", [(300, [5]), (64, [7, 33]), (4100, [2, 1])])
-def test_dither(twin, same_codes, device, widths, dtype):
-    """One factor for all rows, also of several tensors; every amax fits, and no scale is more than twice too large."""
-    width, rows = widths
-    parts = [sample(n, width, dtype) for n in rows]
-    rest, last = (E4M3, "token", 0, True, None, True, False, torch.float32, 0), parts[-1][-1]
-    expected = quantize_ref(torch.cat(parts), *rest, last)
-    actual = twin.quantize([part.to(device) for part in parts], *rest, last.to(device))
-    assert torch.equal(actual[2].cpu(), expected[2])
-    same_codes(actual[0], expected[0])
-    factor = torch.frexp(expected[2])[0] * 2
-    assert (factor == factor[0]).all() and factor[0] != 1
-    used = torch.cat(parts).float().abs().amax(1, keepdim=True) / expected[2]
-    assert (used <= 448).all() and (used > 224).all()
-
-
-def test_dither_follows_the_values(device):
-    """Equal values have equal codes, and so have their multiples by powers of two. Values that change a little are
-    rounded on another grid each time, and what is lost averages out; on the grid of powers of two it stays."""
-    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(device)
-    first, _, s = ck.quantize(w, dither=True)
-    again, _, twice = ck.quantize(w * 2, dither=True)
-    assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)) and torch.equal(s * 2, twice)
-
-    def error(**options):
-        total = torch.zeros_like(w)
-        for i in range(64):
-            moved = w * (1 + i * 1e-6)
-            q, _, s = ck.quantize(moved, **options)
-            total += ck.dequantize(q, s, dtype=torch.float32) - moved
-        return ((total / 64).norm() / w.norm()).item()
-
-    # Errors independent of each other would leave 1/8 of that of one; a quarter allows for those that are not.
-    assert error(dither=True) < error() / 4
-    with pytest.raises(ValueError, match="dither"):
-        ck.quantize(w, granularity="tensor", dither=True)
-
-
-def test_rows_in_several_places_share_the_row_that_is_given(device):
-    """Pieces of a weight, each with a copy of its last row, wide as a buffer: the codes of the whole."""
-    w = torch.randn(9, 80, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
-    row = torch.zeros(256, device=device)
-    row[:80] = w[-1]
-    q, _, s = ck.quantize(w, dither=True)
-    pieces = [ck.quantize(piece, dither=row) for piece in (w[:5], w[5:])]
-    assert torch.equal(torch.cat([piece[0].view(torch.uint8) for piece in pieces]), q.view(torch.uint8))
-    assert torch.equal(torch.cat([piece[2] for piece in pieces]), s)
-    with pytest.raises(ValueError, match=r"dither is torch.float32 \[79\], expected a row of 80 values or more"):
-        ck.quantize(w, dither=row[:79])
-
-
 SPECIAL = {"zeros": 0.0, "nan": float("nan"), "-nan": -float("nan"), "inf": float("inf"), "tiny": 1e-39, "huge": 3e38}
 
 
@@ -206,7 +154,7 @@ def test_given_amax_changes_nothing(implementation, request, device, shape, dtyp
     if implementation == "twin":
         monkeypatch.setattr(request.getfixturevalue("twin"), "_amax_kernel", None)
     for (x, *rest), amax, expected in found:
-        actual = step(x if implementation == "reference" else [x], *rest, None, amax)
+        actual = step(x if implementation == "reference" else [x], *rest, amax)
         for a, b in zip(actual, expected, strict=True):
             assert a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -227,7 +175,7 @@ def test_given_amax_in_public(device):
         ck.quantize(parts[0], granularity="tensor", amax=amax)
     with pytest.raises(ValueError, match=r"amax is torch.float64 \[\]"):
         ck.quantize(parts[0], granularity="tensor", amax=amax[0].double())
-    arguments = (parts, E4M3, "tensor", 0, True, None, True, True, torch.float32, 0, None, amax.amax())
+    arguments = (parts, E4M3, "tensor", 0, True, None, True, True, torch.float32, 0, amax.amax())
     torch.library.opcheck(torch.ops.coat_kernels.quantize.default, arguments, test_utils=OPCHECKS)
 
 
@@ -539,29 +487,26 @@ EACH = [
 
 
 @pytest.mark.parametrize("shapes", EACH)
-@pytest.mark.parametrize("dithered", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_quantize_each_parity(twin, same_codes, device, shapes, dithered, dtype):
+def test_quantize_each_parity(twin, same_codes, device, shapes, dtype):
     x = [sample(*shape, dtype) for shape in shapes]
-    rows = [torch.randn(256, generator=torch.Generator().manual_seed(i)) for i in range(len(x))] if dithered else []
-    expected = quantize_each_ref(x, rows)
-    actual = twin.quantize_each([part.to(device) for part in x], [row.to(device) for row in rows])
+    expected = quantize_each_ref(x)
+    actual = twin.quantize_each([part.to(device) for part in x])
     assert torch.equal(actual[1].cpu(), expected[1]), "scales are bitwise equal"
     same_codes(actual[0], expected[0])
 
 
 def test_quantize_each_parity_of_what_lies_anywhere(twin, same_codes, device):
-    """An address that is no multiple of 16, strided values and rows, rows with no finite scale or a tiny one."""
+    """An address that is no multiple of 16, strided values, rows with no finite scale or a tiny one."""
 
-    def arguments(where):  # views do not stay views on their way to a GPU
+    def matrices(where):  # views do not stay views on their way to a GPU
         shifted = sample(1, 8 * 64 + 1, torch.float32, where).flatten()[1:].view(8, 64)
         strided = sample(6, 130, torch.float32, where)[:, ::2]
         strided[0], strided[1, 3], strided[2] = 0.0, float("inf"), 1e-39
-        rows = [sample(1, 512, torch.float32, where)[0, ::2], sample(2, 256, torch.float32, where)[1]]
-        return [shifted, strided], rows
+        return [shifted, strided]
 
-    expected = quantize_each_ref(*arguments("cpu"))
-    codes, scales = twin.quantize_each(*arguments(device))
+    expected = quantize_each_ref(matrices("cpu"))
+    codes, scales = twin.quantize_each(matrices(device))
     assert torch.equal(scales.cpu().nan_to_num(7.0), expected[1].nan_to_num(7.0))
     broken = slice(8 * 64 + 65, 8 * 64 + 130)  # codes of the row that has no scale, which do not matter
     for made in (codes, expected[0]):
@@ -571,14 +516,13 @@ def test_quantize_each_parity_of_what_lies_anywhere(twin, same_codes, device):
 
 def test_quantize_each_is_quantize_of_each(device):
     x = [sample(*shape).to(device) for shape in EACH[2]]
-    rows = [torch.randn(256, generator=torch.Generator().manual_seed(i)).to(device) for i in range(len(x))]
-    for (codes, scale), part, row in zip(ck.quantize_each(x, rows), x, rows, strict=True):
-        q, _, s = ck.quantize(part, dither=row)
+    for (codes, scale), part in zip(ck.quantize_each(x), x, strict=True):
+        q, _, s = ck.quantize(part)
         assert torch.equal(codes.view(torch.uint8), q.view(torch.uint8))
         assert torch.equal(scale, s)
         assert codes.shape == q.shape
         assert scale.shape == s.shape
-    torch.library.opcheck(torch.ops.coat_kernels.quantize_each.default, (x, rows), test_utils=OPCHECKS)
+    torch.library.opcheck(torch.ops.coat_kernels.quantize_each.default, (x,), test_utils=OPCHECKS)
 
 
 def test_quantize_each_refuses_what_does_not_fit():
@@ -589,9 +533,3 @@ def test_quantize_each_refuses_what_does_not_fit():
         ck.quantize_each([x[0].int()])
     with pytest.raises(ValueError, match="torch.float32.*expected matrices of the first"):
         ck.quantize_each([x[0], x[1].float()])
-    with pytest.raises(ValueError, match="dither is 1 rows of torch.float32, expected one for each of 2"):
-        ck.quantize_each(x, [torch.ones(256)])
-    with pytest.raises(ValueError, match="expected a row of 64 values"):
-        ck.quantize_each(x, [torch.ones(63), torch.ones(256)])
-    with pytest.raises(ValueError, match="dither is on meta, expected cpu"):
-        ck.quantize_each(x, [torch.ones(256), torch.ones(256, device="meta")])
