@@ -182,10 +182,10 @@ def label(row: dict) -> str:
     return f"{row['name']}:{row['seed']}" if row["seed"] else row["name"]
 
 
-def train_loss_gap(row: dict, base: dict) -> float:
-    """Mean difference of the training losses at the last steps that both runs logged: the same data in both."""
+def train_loss_gap(row: dict, base: dict) -> str:
+    """Mean difference of the training losses at the last steps that both runs logged, if any: of the same data."""
     steps = [step for step in row["train_loss"] if step in base["train_loss"]][-COMPARED:]
-    return mean(row["train_loss"][step] - base["train_loss"][step] for step in steps) if steps else float("nan")
+    return f"{mean(row['train_loss'][step] - base['train_loss'][step] for step in steps):+.4f}" if steps else ""
 
 
 def compared_with(row: dict, rows: list[dict]) -> dict:
@@ -204,7 +204,7 @@ def table(rows: list[dict], planned_steps: int) -> str:
         cells = [str(row["steps"])]
         for key in ("held_out_loss", "held_out_loss_bf16"):
             cells += [f"{row[key]:.4f}", f"{row[key] - base[key]:+.4f}" if other and not unequal else ""]
-        cells.append(f"{train_loss_gap(row, base):+.4f}" if other and row["seed"] == base["seed"] else "")
+        cells.append(train_loss_gap(row, base) if other and row["seed"] == base["seed"] else "")
         cells.append(f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "-")
         cells.append(f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-")
         notes = []
