@@ -86,7 +86,7 @@ def near(losses, alone, bf16=False):
     """Sums are taken in another order. Losses that are BF16 themselves differ by one of its steps and more."""
     assert losses[0] == pytest.approx(alone[0], rel=2**-8 if bf16 else 1e-5)
     assert losses == pytest.approx(alone, rel=2**-7 if bf16 else 2e-3)
-    assert len(set(losses)) > 1, "nothing was learned"
+    assert len(set(alone)) == len(alone), "nothing was learned"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "whole"])
