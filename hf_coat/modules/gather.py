@@ -224,8 +224,7 @@ class CodeGather:
             for param in group.fsdp_params:
                 module = param._module_info.module
                 if (
-                    type(module) is CoatLinear
-                    and module in self.linears
+                    module in self.linears
                     and param._module_info.param_name == "weight"
                     and not hasattr(param, "coat_shard")  # then another hook answers for it
                 ):
