@@ -297,6 +297,7 @@ def _mlp_text(state: MLPState, config: CoatConfig) -> str:
 
 def _attention_text(state: AttentionState, config: CoatConfig) -> str:
     what = f"in {_groups(config)}" if state.keep is Keep.LEAN else "as they are"
+    what = "as they are, for it is eager" if state.eager else what
     return f"CoatAttention: q, k and v {what}{', fused rotary embedding' if state.rotary else ''}"
 
 

@@ -8,6 +8,7 @@ the module's own forward on a few random numbers, with small random weights on t
 explains is left alone.
 """
 
+import dis
 import functools
 import inspect
 import itertools
@@ -91,7 +92,20 @@ def why_not_stored(model: nn.Module) -> dict[nn.Linear, str]:
         base = getattr(module, "base_layer", None)
         if hasattr(module, "adapter_layer_names") and isinstance(base, nn.Linear) and not is_lora(module):
             reasons[base] = _needs_weight(module)
+        for name, child in module.named_children():
+            linear = getattr(child, "base_layer", child)
+            if isinstance(linear, nn.Linear) and _reads_weight(own_class(module).forward, name):
+                reasons[linear] = f"{own_class(module).__name__} reads its weight"
     return reasons
+
+
+@functools.cache
+def _reads_weight(forward: Callable, name: str) -> bool:
+    """Whether a module's forward has ``self.<name>.weight`` in it, as T5's does, which casts to its dtype."""
+    if not inspect.isfunction(forward):
+        return False
+    names = [instruction.argval for instruction in dis.get_instructions(forward)]
+    return (name, "weight") in itertools.pairwise(names)
 
 
 def _needs_weight(tuner: nn.Module) -> str:
@@ -236,15 +250,20 @@ def attention_state(module: nn.Module) -> AttentionState | str | None:
     forward = own_class(module).forward
     if not is_attention(forward):
         return None
-    if "position_bias" in (*forward.__code__.co_names, *forward.__code__.co_varnames):
+    if any("position_bias" in name for name in (*forward.__code__.co_names, *forward.__code__.co_varnames)):
         return "an attention with a bias on its scores"
-    return AttentionState(rotary=_plain_rotary(forward))
+    eager = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+    return AttentionState(rotary=_plain_rotary(forward), eager=eager)
 
 
 def norm_state(module: nn.Module) -> NormState | str | None:
     """Which norm a module computes; why it cannot be told; or None where it does not look like a norm at all."""
     parameters = dict(module.named_parameters(recurse=False))
-    if "norm" not in own_class(module).__name__.lower() or any(module.children()) or any(module.buffers()):
+    if (
+        "norm" not in own_class(module).__name__.lower()
+        or any(module.children())
+        or any(True for _ in module.buffers())
+    ):
         return None
     if not set(parameters) <= {"weight", "bias"} or any(p.dim() != 1 for p in parameters.values()):
         return None
@@ -256,7 +275,8 @@ def norm_state(module: nn.Module) -> NormState | str | None:
     if weight is None and isinstance(module, nn.LayerNorm):
         width = module.normalized_shape[-1]
     dtype = torch.float32 if weight is None else weight.dtype
-    key = (own_class(module), width, dtype, eps, getattr(module, eps), "weight" in parameters, "bias" in parameters)
+    settings = repr([(n, v) for n, v in sorted(vars(module).items()) if isinstance(v, (bool, int, float, str, tuple))])
+    key = (own_class(module), width, dtype, eps, settings, *parameters)
     if key not in _NORMS:
         _NORMS[key] = _probe_norm(module, width, dtype, eps, parameters)
     form = _NORMS[key]
@@ -305,24 +325,29 @@ def _probe_norm(module, width, dtype, eps_name, parameters) -> tuple | None:
         ["gate"],
         ["z"],
     )
-    values = random(4, width, dtype=torch.float32)
-    # Ordinary tokens, and some so small that the epsilon decides.
-    kinds = [torch.bfloat16] if dtype == torch.bfloat16 else [torch.bfloat16, torch.float32]
+    values = random(2, 3, width, dtype=torch.float32)  # what normalises another dimension than the last one fails
+    # Ordinary tokens, and some so small that the epsilon decides. A gated norm may read the FP32 of a scan.
+    kinds = [torch.bfloat16] if dtype == torch.bfloat16 and not gated else [torch.bfloat16, torch.float32]
     xs = [scale * values.to(kind) for kind in kinds for scale in (1.0, eps**0.5)]
-    gates = [random(4, width, dtype=x.dtype) for x in xs] if gated else [None] * len(xs)
+    gates = [random(*x.shape, dtype=x.dtype) for x in xs] if gated else [None] * len(xs)
     best, fewest = None, 1
     for center, offset, round_first, promote, gate in itertools.product(
-        (False, True), (0.0, 1.0), (True, False), (True, False), ("after", "before") if gated else (None,)
+        (False, True),
+        (0.0, 1.0) if "weight" in held else (0.0,),
+        (True, False),
+        (True, False),
+        ("after", "before") if gated else (None,),
     ):
         mismatches = 0
         for x, z in zip(xs, gates, strict=True):
             weight, bias = held.get("weight"), held.get("bias")
             out = torch.promote_types(x.dtype, weight.dtype) if promote and weight is not None else x.dtype
-            inner = activation(z, x, act="silu").h if gate == "before" else x
+            inner = activation(z, x, act="silu").h.view(x.shape) if gate == "before" else x
             ours = norm(
                 inner, weight, bias, eps=eps, center=center, offset=offset, round_first=round_first, out_dtype=out
-            ).y
-            ours = activation(z, ours, act="silu").h if gate == "after" else ours
+            ).y.view(x.shape)
+            if gate == "after":
+                ours = activation(z.to(ours.dtype), ours, act="silu").h.view(x.shape).to(out)
             try:
                 with torch.no_grad():
                     theirs = run(x) if z is None else run(x, z)

@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     MixtralConfig,
+    SwinConfig,
 )
 
 import hf_coat
@@ -210,3 +211,87 @@ def test_old_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ValueError, match="A100 has compute capability 8.0.*8.9"):
         hf_coat.apply_coat(OnOldGpu())
+
+
+class Stage(nn.Module):
+    """A convolution with the norms that vision and audio models put around it."""
+
+    def __init__(self, *norms):
+        super().__init__()
+        self.norms, self.out = nn.ModuleList(norms), nn.Linear(32, 32)
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = norm(x)
+        return self.out(x)
+
+
+def test_norms_over_other_dimensions_are_kept():
+    model = Stage(nn.BatchNorm1d(32), nn.GroupNorm(1, 32), nn.LayerNorm(32))
+    x = torch.randn(2, 32, 32)  # a channel more or less would fail; here only numbers would be wrong
+    expected = model(x)
+    report = hf_coat.apply_coat(model)
+    assert report.kept["norms.1"] == "a norm of another form" and "norms.0" not in report.converted
+    assert report.converted.keys() == {"norms.2", "out"} and "BatchNorm1d" in report.uncovered
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.1)
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, mode="rms", weight=True):
+        super().__init__()
+        self.mode, self.eps = mode, 1e-5
+        if weight:
+            self.weight = nn.Parameter(torch.randn(32))
+
+    def forward(self, x):
+        if self.mode == "rms":
+            x = x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        return x * self.weight if hasattr(self, "weight") else x
+
+
+def test_norms_of_one_class_are_told_apart_by_what_they_hold():
+    model = nn.Sequential(OwnNorm(), OwnNorm("none"), OwnNorm(weight=False), nn.Linear(32, 32))
+    report = hf_coat.apply_coat(model)
+    assert report.converted["0"].startswith("CoatNorm, RMSNorm") and report.converted["2"].startswith("CoatNorm")
+    assert report.kept["1"] == "a norm of another form"
+    model.bfloat16()(torch.randn(2, 3, 32, dtype=torch.bfloat16)).sum().backward()
+
+
+def test_attentions_with_a_bias_of_positions_are_kept():
+    model = AutoModel.from_config(SwinConfig(image_size=32, embed_dim=32, depths=[1], num_heads=[2], window_size=4))
+    report = hf_coat.apply_coat(model, CoatConfig(activations="lean"))
+    assert "an attention with a bias on its scores" in report.kept.values()
+    model.train()(torch.randn(1, 3, 32, 32)).last_hidden_state.square().sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "relative_position_bias_table" in name)
+
+
+def test_a_head_that_was_made_anew_is_fused_again():
+    model = llama()
+    hf_coat.apply_coat(model)
+    hooks = len(model._forward_pre_hooks)
+    model.resize_token_embeddings(136)
+    assert hf_coat.apply_coat(model).converted["lm_head"].startswith("CoatHead, fused")
+    assert len(model._forward_pre_hooks) == hooks
+    model.resize_token_embeddings(144)
+    hf_coat.remove_coat(model)
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+    assert "_loss_function" not in vars(model)
+
+
+@pytest.mark.parametrize("again", [hf_coat.apply_coat, hf_coat.remove_coat])
+def test_parametrized_since(again):
+    model = llama()
+    hf_coat.apply_coat(model)
+    linear = model.model.layers[0].self_attn.q_proj
+    nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(RuntimeError, match="remove_parametrizations"):
+        again(model)
+    nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    hf_coat.remove_coat(model)
+    assert type(linear) is nn.Linear
+
+
+def test_eager_attentions_are_reported_as_they_are():
+    model = llama(attn_implementation="eager")
+    report = hf_coat.apply_coat(model, CoatConfig(activations="lean"))
+    assert report.converted["model.layers.0.self_attn"].startswith("CoatAttention: q, k and v as they are, for it is")

@@ -90,7 +90,7 @@ class _CoatActivation(torch.autograd.Function):
         if sources is not None:
             again = (functools.partial(f, **ctx.how) for f in (_codes_again, _values_again))
             sources.append(Source(*again, (made.kept_q, made.kept_s), made.h_q, made.h_s, demand))
-        return made.h.view(x.shape)
+        return torch.ops.aten._unsafe_view(made.h, x.shape)  # which may be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -219,7 +219,9 @@ def coat_mlp(
     """
     firsts, first_scales = bits_and_scales(firsts)
     (down,), down_scales = bits_and_scales((down,))
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *firsts, down))
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *firsts, down, *first_biases, down_bias)
+    )
     keep = torch.is_grad_enabled() and firsts[0].requires_grad
     quantized = quantize_input(x, Granularity.TOKEN, True, keep)
     rebuild = None if quantized.source is None else quantized.source.rebuild

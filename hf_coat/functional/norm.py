@@ -47,7 +47,7 @@ class _CoatNorm(torch.autograd.Function):
                 functools.partial(f, offset=ctx.offset, group_size=group_size) for f in (_codes_again, _values_again)
             )
             sources.append(Source(*again, (*kept, weight, bias), made.y_q, made.y_s, demand))
-        return made.y.view(x.shape)
+        return torch.ops.aten._unsafe_view(made.y, x.shape)  # which may be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable

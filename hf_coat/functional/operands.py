@@ -241,6 +241,8 @@ def forward_products(
     """
     if isinstance(weights[0], GatheredWeight):
         weights, scales = [w.bits for w in weights], [w.scale for w in weights]
+    if x_q.shape[1] != weights[0].shape[1]:
+        raise RuntimeError(f"a linear of {weights[0].shape[1]} input features was given {x_q.shape[1]}")
     options = {"out_dtype": out_dtype, "fast_accum": True}
 
     def products(codes, scales):

@@ -22,10 +22,12 @@ class AttentionState:
     Args:
         keep: The activation policy: "lean" keeps FP8 groups, else what the attention's kernel keeps stays as it is.
         rotary: Name of the function, of :data:`ROTARY`, that runs as one kernel; None where none does.
+        eager: Whether it computes its scores itself, so that nothing of it is kept in FP8.
     """
 
     keep: Keep = Keep.LEAN
     rotary: str | None = None
+    eager: bool = False
 
 
 class CoatAttention(Converted):
@@ -51,6 +53,12 @@ class _Registry:
         interface = self.registry.get_interface(name, default)
         return interface if interface is default else functools.partial(attend, interface)
 
+    def __getitem__(self, name: str) -> Callable:  # as modeling files asked up to transformers 4.57
+        return functools.partial(attend, self.registry[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.registry
+
     def __getattr__(self, name):
         return getattr(self.registry, name)
 
@@ -58,9 +66,12 @@ class _Registry:
 def attend(interface: Callable, module: CoatAttention, query, key, value, *args, **kwargs):
     """Run an attention function of transformers' registry (sdpa, flash attention) and keep what it needs in FP8.
 
-    Dropout would be another one the second time; where there is some nothing changes.
+    Dropout would be another one the second time; where there is some nothing changes. A mask that trains, a bias of
+    positions say, and an attention that returns its weights too need the graph of the first time.
     """
-    if kwargs.get("dropout"):
+    config, state = module.coat, module.coat_state
+    lean = state.keep is Keep.LEAN
+    if kwargs.get("dropout") or lean and any(_trains(t) for t in (*args, *kwargs.values())):
         return interface(module, query, key, value, *args, **kwargs)
     rest = []
 
@@ -68,12 +79,16 @@ def attend(interface: Callable, module: CoatAttention, query, key, value, *args,
         out, *rest[:] = interface(module, *states, *args, **kwargs)
         return out
 
-    config, state = module.coat, module.coat_state
     out = keep_attention(
-        call, query, key, value, fp8=state.keep is Keep.LEAN, group_size=config.group_size,
-        scale_format=config.scale_format,
-    )  # fmt: skip
+        call, query, key, value, fp8=lean, group_size=config.group_size, scale_format=config.scale_format
+    )
+    if lean and out.requires_grad and any(isinstance(t, torch.Tensor) for t in rest):
+        return interface(module, query, key, value, *args, **kwargs)
     return out, *rest
+
+
+def _trains(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 Rotated = tuple[torch.Tensor, torch.Tensor]

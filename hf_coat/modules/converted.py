@@ -1,6 +1,7 @@
 """What all converted modules share: they are the user's own modules with another class, and can be turned back."""
 
 import functools
+import inspect
 
 from torch import nn
 
@@ -26,6 +27,12 @@ class Converted:
         del self.coat, self.coat_state, self.coat_region
         self.__class__ = self.coat_original
         return self
+
+    def positional(self, args: tuple, kwargs: dict) -> tuple:
+        """What the module was called with, in the order of its own forward, which has names of its own for it."""
+        if not kwargs:
+            return args
+        return tuple(inspect.signature(self.coat_original.forward).bind(self, *args, **kwargs).arguments.values())[1:]
 
     def extra_repr(self) -> str:
         keep = getattr(self.coat_state, "keep", None)  # which adapters do not have

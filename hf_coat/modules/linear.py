@@ -5,10 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..config import CoatConfig, Region
 from ..functional import Adapter, GatheredWeight, StoredWeight, WeightCache, coat_linear, coat_lora
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_plain(*linears: nn.Module) -> bool:
@@ -18,7 +21,8 @@ def is_plain(*linears: nn.Module) -> bool:
         len(weights) == len(linears)
         and not torch.compiler.is_compiling()
         and not any(is_traceable_wrapper_subclass(w) for w in weights)  # as a sharded one is
-        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in linears)
+        and not any(getattr(m, hooks) for m in linears for hooks in HOOKS)
+        and not nn.modules.module._has_any_global_hook()
         and not any("forward" in vars(m) for m in linears)  # a hook that offloads brings the weight when it is called
     )
 
@@ -113,6 +117,11 @@ class CoatLinear(nn.Linear):
 
     def revert(self) -> nn.Linear:
         """Undo :meth:`convert` exactly and return the module."""
+        if parametrize.is_parametrized(self):
+            raise RuntimeError(
+                "a converted linear was parametrized since: remove that (torch.nn.utils.parametrize."
+                "remove_parametrizations) before COAT is removed or applied again"
+            )
         del self.coat, self.coat_cache, self.coat_merged, self.coat_region
         self.__class__ = nn.Linear
         return self
@@ -143,8 +152,8 @@ class CoatLinear(nn.Linear):
         y = None if self.coat_merged is None or torch.compiler.is_compiling() else self.coat_merged(self, x, adapter)
         return self.compute(x, self.operand, self.bias, self.coat_cache, (adapter,)) if y is None else y
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_with(x, None)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.forward_with(input, None)
 
     def extra_repr(self) -> str:
         together = f", one of {len(self.coat_merged.members)}" if self.coat_merged is not None else ""

@@ -257,7 +257,8 @@ class CoatHead(nn.Linear):
     It is never constructed: the class of the live ``nn.Linear`` is changed, and changed back.
     """
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        hidden = input
         if not self._defers(hidden):
             return super().forward(hidden)
         operands = (hidden, self.weight, self.bias)
@@ -591,6 +592,8 @@ def fuse_loss(model: nn.Module) -> dict[str, str]:
     """
     outcome = {}
     for name, head, owner in heads(model):
+        if owner is not None and not isinstance(head, CoatHead):
+            _unfuse(owner)  # the head it was fused with is gone: resize_token_embeddings makes another one
         reason = None if isinstance(head, CoatHead) else _why_not(head, owner)
         if reason is None:
             _fuse(head, owner)
@@ -608,15 +611,9 @@ def unfuse_loss(model: nn.Module) -> dict[str, str]:
     """
     outcome = {}
     for name, module in model.named_modules():
-        loss = vars(module).get("_loss_function")
-        if isinstance(loss, CoatLoss):
-            if loss.replaced is None:
-                del module._loss_function
-            else:
-                module._loss_function = loss.replaced
+        _unfuse(module)
         if isinstance(module, CoatHead):
-            module.coat_hook.remove()
-            del module.coat_hook, module.coat_labels
+            del module.coat_labels
             cls, plain = type(module), nn.Linear
             if hasattr(cls, "_get_fsdp_state"):  # of a unit of FSDP2's: one of its own, derived from this one
                 own = {name: value for name, value in vars(cls).items() if name == "__deepcopy__"}
@@ -624,6 +621,20 @@ def unfuse_loss(model: nn.Module) -> dict[str, str]:
             module.__class__ = plain
             outcome[name] = "nn.Linear"
     return outcome
+
+
+def _unfuse(owner: nn.Module) -> None:
+    """Take our loss, and the hook that sees its labels, from a model."""
+    loss = vars(owner).get("_loss_function")
+    if isinstance(loss, CoatLoss):
+        if loss.replaced is None:
+            del owner._loss_function
+        else:
+            owner._loss_function = loss.replaced
+    for key, hook in list(owner._forward_pre_hooks.items()):
+        if isinstance(hook, _LabelsSeen):
+            del owner._forward_pre_hooks[key]
+            owner._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -709,7 +720,7 @@ def _fuse(head: nn.Linear, owner: nn.Module) -> None:
         parameters = list(inspect.signature(type(owner).forward).parameters)
         position = parameters.index("labels") - 1 if "labels" in parameters else len(parameters)
         head.coat_labels = _LabelsSeen(position)
-        head.coat_hook = owner.register_forward_pre_hook(head.coat_labels, with_kwargs=True)
+        owner.register_forward_pre_hook(head.coat_labels, with_kwargs=True)
         head.__class__ = CoatHead
     if not isinstance(owner.loss_function, CoatLoss):
         owner.loss_function = CoatLoss(owner.loss_function, vars(owner).get("_loss_function"), head.coat_labels)

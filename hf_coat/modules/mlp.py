@@ -42,7 +42,8 @@ class CoatMLP(Converted):
 
     coat_state: MLPState
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        (x,) = self.positional(args, kwargs)
         state = self.coat_state
         firsts = [getattr(self, name) for name in state.firsts]
         last = None if state.last is None else getattr(self, state.last)

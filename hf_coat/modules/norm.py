@@ -43,18 +43,19 @@ class CoatNorm(Converted):
 
     coat_state: NormState
 
-    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        x, gate = (*self.positional(args, kwargs), None)[:2]
         state = self.coat_state
         kept = {"group_size": self.coat.group_size, "scale_format": self.coat.scale_format}
         gating = Gate("silu", True, **kept)
-        if gate is not None and state.gate == "before":
-            x = coat_activation(gate, x, gating, share=False)
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
         autocast = state.center and torch.is_autocast_enabled(x.device.type)  # runs nn.LayerNorm in float32
-        if weight is not None and weight.dtype == torch.bfloat16 != x.dtype and not autocast:
+        if weight is not None and weight.dtype == torch.bfloat16 != x.dtype and state.gate is None and not autocast:
             return self.coat_original.forward(self, x)  # models differ in what they do, and none does it in training
         dtype = torch.promote_types(x.dtype, weight.dtype) if state.promote and weight is not None else x.dtype
         dtype = torch.float32 if autocast else dtype
+        if gate is not None and state.gate == "before":
+            x = _gated(x, gate, gating)
         # Where heads stand in front of tokens, [B, N, S, H], memory may hold them the other way round.
         swapped = x.dim() == 4 and x.stride(1) < x.stride(2) and not x.is_contiguous()
         y = coat_norm(
@@ -63,4 +64,10 @@ class CoatNorm(Converted):
             share=gate is None and state.keep is Keep.LEAN,
         )  # fmt: skip
         y = y.transpose(1, 2) if swapped else y
-        return coat_activation(gate, y, gating, share=False) if gate is not None and state.gate == "after" else y
+        return _gated(y, gate, gating).to(dtype) if gate is not None and state.gate == "after" else y
+
+
+def _gated(x: torch.Tensor, gate: torch.Tensor, gating: Gate) -> torch.Tensor:
+    """``silu(gate) * x`` in the wider of their dtypes: a state space model's scan gives FP32 beside a gate in BF16."""
+    dtype = torch.promote_types(x.dtype, gate.dtype)
+    return coat_activation(gate.to(dtype), x.to(dtype), gating, share=False)

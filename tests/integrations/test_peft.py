@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, Trainer
 from transformers import TrainingArguments as PlainArguments
 
 import hf_coat
@@ -229,6 +229,21 @@ def test_close_to_peft_on_the_unrounded_base(folder):
 
 
 # --- Files, merging ---
+
+
+def test_linears_whose_dtype_the_model_reads_are_not_stored():
+    """T5 casts to the dtype of a weight; an MLP with dropout inside runs T5's own code."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4, "vocab_size": 128}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).bfloat16()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q", "v"])).train()
+    report = hf_coat.apply_coat(model)
+    assert sum(what.endswith(", stored as FP8") for what in report.converted.values()) > 0
+    wo = next(what for name, what in report.converted.items() if name.endswith("DenseReluDense.wo"))
+    assert wo.endswith("not stored as FP8: T5DenseActDense reads its weight")
+    ids = torch.arange(20).view(2, 10)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_adapters_are_pefts_own_and_go_both_ways(folder, tmp_path):

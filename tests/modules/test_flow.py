@@ -2,13 +2,18 @@
 
 import copy
 import functools
+import inspect
 
 import coat_kernels as ck
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama import modeling_llama as llama_modeling
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import hf_coat
 from hf_coat import CoatConfig
@@ -493,3 +498,158 @@ def test_a_norms_output_in_wider_rows():
     merger(x).square().sum().backward()
     # an operand in E4M3 is off by 1/16 of a value at most; there are three of them
     assert (merger.proj.weight.grad - exact).norm() < 3 / 16 * exact.norm()
+
+
+# --- what models do with converted modules ---
+
+
+def test_results_may_be_changed_in_place(device):
+    model = llama(device=device)
+    hf_coat.apply_coat(model, EVERYTHING)
+    layer, x = model.model.layers[0], torch.randn(3, 64, device=device, requires_grad=True)
+    gate = Gate("silu", False)
+    for call in (layer.input_layernorm, layer.mlp, layer.mlp.down_proj, lambda x: coat_activation(x, None, gate)):
+        call = call if call is not layer.mlp.down_proj else lambda x: layer.mlp.down_proj(x.repeat(1, 2)[:, :96])
+        (dx,) = torch.autograd.grad((call(x) * 2).sum(), x)
+        (changed,) = torch.autograd.grad(call(x).mul_(2).sum(), x)
+        assert torch.equal(changed, dx) and dx.any()
+
+
+def test_a_norms_output_that_was_changed_is_quantized_again(device):
+    model = llama(device=device)
+    hf_coat.apply_coat(model, EVERYTHING)
+    layer, x = model.model.layers[0], torch.randn(3, 64, device=device, requires_grad=True)
+    linear = layer.self_attn.o_proj
+    y = layer.input_layernorm(x)
+    changed = layer.input_layernorm(x).mul_(3)
+    assert torch.equal(linear(changed), linear((y * 3).detach()))
+
+
+@pytest.mark.parametrize("activations", ["auto", "lean", "paper", "bf16"])
+def test_only_the_biases_of_an_mlp_train(device, activations):
+    model = llama(device=device, mlp_bias=True)
+    plain = copy.deepcopy(model)
+    hf_coat.apply_coat(model, CoatConfig(activations=activations, frozen_weights="bf16"))
+    for each in (model, plain):
+        for name, p in each.named_parameters():
+            p.requires_grad_("mlp" in name and name.endswith("bias"))
+    (_, grads), (_, expected) = (gradients(each, **batch(device)) for each in (model, plain))
+    assert len(grads) == 6 and grads.keys() == expected.keys()
+    assert all(relative(grads[name], expected[name]) < 0.2 for name in grads)
+
+
+def test_an_input_of_another_width_is_refused(device):
+    model = llama(device=device)
+    hf_coat.apply_coat(model, EVERYTHING)
+    for module in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp):
+        for width in (48, 80):
+            with pytest.raises(RuntimeError, match=f"64 input features was given {width}"):
+                module(torch.randn(2, width, device=device))
+
+
+def test_calls_by_keyword(device):
+    model = llama(device=device)
+    hf_coat.apply_coat(model, EVERYTHING)
+    layer, x = model.model.layers[0], torch.randn(2, 64, device=device)
+    assert torch.equal(layer.self_attn.o_proj(input=x), layer.self_attn.o_proj(x))
+    assert torch.equal(layer.input_layernorm(hidden_states=x), layer.input_layernorm(x))
+    assert torch.equal(layer.mlp(x=x), layer.mlp(x))
+    assert torch.equal(model.lm_head(input=x), model.lm_head(x))
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_pre_hook", "register_full_backward_hook"])
+def test_backward_hooks_inside_an_mlp_are_called(device, register):
+    model, seen = llama(device=device), []
+    hf_coat.apply_coat(model, EVERYTHING)
+    getattr(model.model.layers[0].mlp.gate_proj, register)(lambda *_: seen.append(True))
+    gradients(model, **batch(device))
+    assert seen == [True]
+
+
+def test_global_hooks_see_every_linear(device):
+    model, seen = llama(device=device), []
+    hf_coat.apply_coat(model, EVERYTHING)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        gradients(model, **batch(device))
+    finally:
+        handle.remove()
+    assert sum(isinstance(module, nn.Linear) for module in seen) == 15
+
+
+# An attention of transformers 4.57 and before, and of remote code, here with a bias on its scores that trains.
+BRACKETS = """
+def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+    if hasattr(self, "bias"):
+        attention_mask = self.bias[None]
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    q, k, v = (f(hidden_states).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+    assert self.config._attn_implementation in ALL_ATTENTION_FUNCTIONS
+    attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+    out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+"""
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_attentions_of_older_modeling_files(device, biased):
+    names = dict(vars(llama_modeling))
+    exec(BRACKETS, names)  # its global names are to be those of a modeling file
+    cls = type("OwnAttention", (llama_modeling.LlamaAttention,), {"forward": names["forward"]})
+    model = llama(device=device)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn = cls(model.config, index).to(device)
+        if biased:
+            layer.self_attn.bias = nn.Parameter(torch.randn(4, 12, 12, device=device))
+    plain = copy.deepcopy(model)
+    report = hf_coat.apply_coat(model, EVERYTHING)
+    assert report.converted["model.layers.0.self_attn"].startswith("CoatAttention: q, k and v in FP8")
+    (loss, grads), (expected_loss, expected) = (gradients(each, **batch(device)) for each in (model, plain))
+    assert loss == pytest.approx(expected_loss, rel=1e-2) and grads.keys() == expected.keys()
+    assert all(relative(grads[name], expected[name]) < 0.3 for name in grads)
+
+
+def test_attention_weights_keep_their_gradient(device):
+    """Of an attention function that returns them, which the registry may hold."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
+        weights = (query @ key.transpose(2, 3) * scaling).softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    model = llama(device=device)
+    transformers.AttentionInterface.register("with_weights", attend)
+    model.set_attn_implementation("with_weights")
+    hf_coat.apply_coat(model, EVERYTHING)
+    attention = model.model.layers[0].self_attn
+    x, angles = torch.randn(2, 6, 64, device=device), [torch.randn(1, 6, 16, device=device) for _ in range(2)]
+    _, weights = attention(x, angles, None)
+    weights.square().sum().backward()
+    assert attention.q_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "cls,gate_stands", [(MambaRMSNormGated, "before"), (Qwen3NextRMSNormGated, "after")], ids=["before", "after"]
+)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gate_dtype", [torch.bfloat16, torch.float32])
+def test_gated_norms_of_mixed_dtypes(device, cls, gate_stands, weight_dtype, x_dtype, gate_dtype):
+    """A state space model's scan gives FP32 beside a gate in BF16, behind which its norm stands."""
+    torch.manual_seed(0)
+    group = {"group_size": 64} if "group_size" in inspect.signature(cls).parameters else {}
+    norm = cls(64, **group).to(device, weight_dtype)
+    nn.init.normal_(norm.weight)
+    state = norm_state(norm)
+    assert state.gate == gate_stands
+    ours = convert(copy.deepcopy(norm), CoatNorm, EVERYTHING, state)
+    x, gate = (torch.randn(2, 5, 64).to(device, dtype).requires_grad_() for dtype in (x_dtype, gate_dtype))
+    y, expected = ours(x, gate=gate), norm(x, gate)
+    exact = {weight_dtype, x_dtype} == {torch.float32}
+    assert y.dtype == expected.dtype and relative(y, expected) < (1e-5 if exact else 8e-3)
+    dy = torch.randn_like(y)
+    grads, truth = (
+        torch.autograd.grad(out, (x, gate, module.weight), dy) for out, module in ((y, ours), (expected, norm))
+    )
+    for grad, true in zip(grads, truth, strict=True):
+        assert grad.dtype == true.dtype and relative(grad, true) < 0.06
