@@ -89,9 +89,11 @@ def why_not_stored(model: nn.Module) -> dict[nn.Linear, str]:
     times = Counter(id(m.weight) for m in linears)
     reasons |= {m: "it shares its weight" for m in linears if times[id(m.weight)] > 1}
     for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if hasattr(module, "adapter_layer_names") and isinstance(base, nn.Linear) and not is_lora(module):
-            reasons[base] = _needs_weight(module)
+        if hasattr(module, "adapter_layer_names"):
+            base = getattr(module, "base_layer", None)
+            if isinstance(base, nn.Linear) and not is_lora(module):
+                reasons[base] = _needs_weight(module)
+            continue
         for name, child in module.named_children():
             linear = getattr(child, "base_layer", child)
             if isinstance(linear, nn.Linear) and _reads_weight(own_class(module).forward, name):
