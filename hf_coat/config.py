@@ -16,7 +16,7 @@ from typing import Any
 
 from coat_kernels.formats import Fp8Format, Granularity, ScaleFormat
 from coat_kernels.states import MAX_GROUP_SIZE, StateFormat, Weights
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import __version__
@@ -119,9 +119,13 @@ def _read(cls: type, settings: dict[str, Any]) -> Any:
     if not isinstance(version, str):
         raise TypeError(f"hf_coat_version is {version!r}; it must be a str")
     try:
+        written_by = Version(version)
+    except InvalidVersion:
+        raise ValueError(f"hf_coat_version is {version!r}; it must be a version such as {__version__!r}") from None
+    try:
         return cls(**settings)
     except (TypeError, ValueError) as error:
-        if Version(version) <= Version(__version__):
+        if written_by <= Version(__version__):
             raise
         raise ValueError(
             f"this configuration was written by hf_coat {version}, newer than the installed hf_coat {__version__}, "
@@ -213,7 +217,7 @@ class CoatConfig(QuantizationConfigMixin):
         _set_choice(self, "frozen_weights", FrozenWeights, tuple(FrozenWeights))
         _set_choice(self, "fsdp_all_gather", AllGather, tuple(AllGather))
         _check_boolean(self, "fuse_loss")
-        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             raise ValueError(
                 f"CoatConfig.group_size is {self.group_size!r}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
             )

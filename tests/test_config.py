@@ -86,6 +86,8 @@ def test_repr_shows_what_is_not_default():
         (lambda: CoatConfig(power_of_two=1), TypeError, ["power_of_two", "1", "True or False"]),
         (lambda: CoatConfig(power_of_two=False), ValueError, ["power_of_two", "'token'", "granularity='tensor'"]),
         (lambda: CoatConfig(modules_to_not_convert="lm_head"), TypeError, ["modules_to_not", "'lm_head'", "list"]),
+        (lambda: CoatConfig.from_dict({"hf_coat_version": "new", "x": 1}), ValueError, ["hf_coat_version", "'new'"]),
+        (lambda: CoatConfig(group_size=128.0), ValueError, ["group_size", "128.0", "16, 32, 64, 128"]),
         (lambda: CoatConfig(modules_to_not_convert=[1]), TypeError, ["modules_to_not_convert", "[1]", "list of str"]),
         (lambda: CoatConfig().update(granularity="row"), ValueError, ["granularity", "'row'", "'tensor', 'token'"]),
         (lambda: CoatConfig.from_dict({"quant_method": "awq"}), ValueError, ["quant_method", "'awq'", "'coat'"]),

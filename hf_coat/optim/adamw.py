@@ -41,6 +41,9 @@ FIXED = ("group_size", "format", "weights")  # what states are made for: a check
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuse settings out of their range; in place, turn members of choices into their names."""
+    for key in ("amsgrad", "maximize"):
+        if options.get(key):
+            raise ValueError(f"{key} is {options[key]!r} in a parameter group; COAT's optimizers do not have it")
     lr, betas, decay, size, seed = (options[key] for key in ("lr", "betas", "weight_decay", "group_size", "seed"))
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of shape {list(lr.shape)}; expected a number or a tensor of one number")

@@ -544,6 +544,13 @@ def test_other_dtypes_are_refused(dtype):
         CoatAdamW(parameters(), maximize=True)
 
 
+@pytest.mark.parametrize("key", ["amsgrad", "maximize"])
+def test_what_torchs_adamw_can_and_this_cannot_is_refused_in_groups(key):
+    with pytest.raises(ValueError, match=f"{key} is True in a parameter group"):
+        CoatAdamW([{"params": list(parameters()), key: True}])
+    CoatAdamW([{"params": list(parameters()), key: False, "name": "all"}])
+
+
 def test_sparse_gradients_are_refused_before_anything_moves():
     dense = nn.Parameter(torch.ones(3))
     embedding = nn.Embedding(5, 4, sparse=True)
