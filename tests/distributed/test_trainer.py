@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,20 +25,14 @@ SECONDS = 400  # all of it takes about 60 where nothing else runs
 GRACE = 60  # within which a process notices that another one is gone, here by its closed connection
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
-
-
 def processes(folder, device, places, scenarios):
     """How processes that run scenarios ended, ``(rank, world_size)`` each, and their logs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    runs, logs, ports = [], [], {1: free_port(), 2: free_port()}
+    runs, logs, meeting = [], [], tempfile.mkdtemp(dir=folder)
     for rank, world_size in places:
-        command = [sys.executable, WORKER, folder, rank, world_size, ports[world_size], device, *scenarios[world_size]]
+        command = [sys.executable, WORKER, folder, rank, world_size, meeting, device, *scenarios[world_size]]
         logs.append(folder / f"log-{world_size}-{rank}")
         with logs[-1].open("w") as log:
             runs.append(subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment))

@@ -1,7 +1,6 @@
 """Two processes (gloo, CPU) against one: FSDP2 and DDP, states as DTensors, checkpoints that change hands."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,21 +18,14 @@ IN_TWO = [*IN_ONE, "in_buckets", "full", "refused", "gathered", "gathered_saved"
 KILLED = 17
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the results are, of all scenarios in one process and in two, which run side by side."""
     folder = tmp_path_factory.mktemp("two")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     runs, logs = {}, {}
-    ports = {1: free_port(), 2: free_port()}
     for rank, world_size, scenarios in ((0, 1, IN_ONE), (0, 2, IN_TWO), (1, 2, IN_TWO)):
-        command = [sys.executable, WORKER, folder, rank, world_size, ports[world_size], *scenarios]
+        command = [sys.executable, WORKER, folder, rank, world_size, *scenarios]
         log = logs[rank, world_size] = folder / f"log-{world_size}-{rank}"
         with log.open("w") as stream:
             runs[rank, world_size] = subprocess.Popen(

@@ -268,13 +268,17 @@ def wait_for(file):
         time.sleep(0.05)
 
 
-def main(folder, rank, world_size, port, device, *names):
+def main(folder, rank, world_size, meeting, device, *names):
     folder, rank, world_size = Path(folder), int(rank), int(world_size)
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    backend = "cpu:gloo,cuda:nccl"
     if device == "cpu":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ["GLOO_SOCKET_IFNAME"], backend = "lo", "gloo"
+    # they meet at a file: a port that was free may be taken by the time it is listened at
+    store = torch.distributed.FileStore(f"{meeting}/{world_size}", world_size)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     made = scenarios(folder, rank, world_size, device)
     for name in names:
         result = made[name]()

@@ -564,12 +564,15 @@ SCENARIOS = [adamw, stochastic, resumed, released, muon, full, refused, coat, co
 SCENARIOS = {f.__name__: f for f in (*SCENARIOS, in_buckets, gathered, gathered_saved, gathered_undone)}
 
 
-def main(folder, rank, world_size, port, *scenarios):
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+def main(folder, rank, world_size, *scenarios):
+    folder, rank, world_size = Path(folder), int(rank), int(world_size)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(rank), world_size=int(world_size), timeout=timedelta(seconds=60))
+    # they meet at a file: a port that was free may be taken by the time it is listened at
+    store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     for name in scenarios:
-        result = SCENARIOS[name](Path(folder), int(rank), int(world_size) > 1)
+        result = SCENARIOS[name](folder, rank, world_size > 1)
         torch.save(result, f"{folder}/{name}-{world_size}-{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
