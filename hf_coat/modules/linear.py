@@ -14,6 +14,15 @@ from ..functional import Adapter, GatheredWeight, StoredWeight, WeightCache, coa
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of these modules does more than its class says."""
+    return (
+        nn.modules.module._has_any_global_hook()
+        or any(getattr(m, hooks) for m in modules for hooks in HOOKS)
+        or any("forward" in vars(m) for m in modules)  # a hook that offloads brings the weight when it is called
+    )
+
+
 def is_plain(*linears: nn.Module) -> bool:
     """Whether these are ``CoatLinear`` modules whose weights can be used without calling them, all in one way."""
     weights = [linear.weight for linear in linears if type(linear) in (CoatLinear, CoatFrozenLinear)]
@@ -21,9 +30,7 @@ def is_plain(*linears: nn.Module) -> bool:
         len(weights) == len(linears)
         and not torch.compiler.is_compiling()
         and not any(is_traceable_wrapper_subclass(w) for w in weights)  # as a sharded one is
-        and not any(getattr(m, hooks) for m in linears for hooks in HOOKS)
-        and not nn.modules.module._has_any_global_hook()
-        and not any("forward" in vars(m) for m in linears)  # a hook that offloads brings the weight when it is called
+        and not is_hooked(*linears)
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import CoatConfig
 from ..functional import Adapter, StoredWeight
 from .converted import Converted
-from .linear import CoatFrozenLinear, CoatLinear, Merged, is_plain
+from .linear import CoatFrozenLinear, CoatLinear, Merged, is_hooked, is_plain
 
 
 @dataclass
@@ -55,10 +55,9 @@ class CoatLora(Converted):
         ):
             return None
         down, up, dropout = (part[active[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
-        if type(dropout) not in (nn.Identity, nn.Dropout) or any(
-            type(part) is not nn.Linear or part.bias is not None or part._forward_hooks or part._forward_pre_hooks
-            for part in (down, up)
-        ):
+        if type(dropout) not in (nn.Identity, nn.Dropout) or is_hooked(down, up, dropout):
+            return None
+        if any(type(part) is not nn.Linear or part.bias is not None for part in (down, up)):
             return None
         p = dropout.p if self.training and type(dropout) is nn.Dropout else 0.0
         return Adapter(down.weight, up.weight, self.scaling[active[0]], p)

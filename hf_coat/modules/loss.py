@@ -258,11 +258,10 @@ class CoatHead(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        hidden = input
-        if not self._defers(hidden):
-            return super().forward(hidden)
-        operands = (hidden, self.weight, self.bias)
-        kind = hidden.device.type
+        if not self._defers(input):
+            return super().forward(input)
+        operands = (input, self.weight, self.bias)
+        kind = input.device.type
         if torch.is_autocast_enabled(kind):  # as autocast does for every linear
             dtype = torch.get_autocast_dtype(kind)
             operands = tuple(t if t is None else t.to(dtype) for t in operands)
@@ -270,7 +269,7 @@ class CoatHead(nn.Linear):
         group = group_of(self)
         given_back = group is not None and group._reshard_after_forward  # FSDP2 takes it: the loss would not find it
         if len(dtypes) > 1 or not dtypes.issubset(DTYPES) or given_back:
-            return super().forward(hidden)
+            return super().forward(input)
         unit = self._get_fsdp_state() if hasattr(self, "_get_fsdp_state") else None
         return _Defer.apply(*operands, unit, group)
 

@@ -403,6 +403,17 @@ def test_adapters_in_one_batch(folder):
     assert distance(a, b) < NEAR
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout"])
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_of_an_adapters_parts_are_called(folder, part, kind):
+    model, seen = lora(load(folder), lora_dropout=0.2), []
+    hf_coat.apply_coat(model)
+    module = model.base_model.model.model.layers[1].mlp.up_proj.get_submodule(f"{part}.default")
+    getattr(module, f"register_{kind}_hook")(lambda *_: seen.append(True))
+    step(model)
+    assert seen == [True]
+
+
 def test_the_paper_preset_takes_pefts_way(folder, calls):
     model = lora(load(folder))
     hf_coat.apply_coat(model, hf_coat.HfCoatConfig.resolve("paper").model)

@@ -507,9 +507,8 @@ def test_results_may_be_changed_in_place(device):
     model = llama(device=device)
     hf_coat.apply_coat(model, EVERYTHING)
     layer, x = model.model.layers[0], torch.randn(3, 64, device=device, requires_grad=True)
-    gate = Gate("silu", False)
-    for call in (layer.input_layernorm, layer.mlp, layer.mlp.down_proj, lambda x: coat_activation(x, None, gate)):
-        call = call if call is not layer.mlp.down_proj else lambda x: layer.mlp.down_proj(x.repeat(1, 2)[:, :96])
+    linear, gate = layer.self_attn.q_proj, Gate("silu", False)
+    for call in (layer.input_layernorm, layer.mlp, linear, lambda x: coat_activation(x, None, gate)):
         (dx,) = torch.autograd.grad((call(x) * 2).sum(), x)
         (changed,) = torch.autograd.grad(call(x).mul_(2).sum(), x)
         assert torch.equal(changed, dx) and dx.any()
